@@ -105,7 +105,7 @@ class ValidationError(GnswapError):
 
 
 class ProviderError(ValidationError):
-    """The execution provider that was asked for does not run on this machine, or not all of the graph on it."""
+    """The execution provider asked for does not run on this machine, or does not run all of the graph."""
 
 
 class MissingDependencyError(GnswapError):

@@ -28,8 +28,8 @@ class FusedGroupNorm(nn.Module):
               \,\mathrm{gain}_c\,\gamma_c + \beta_c\right)
 
     where :math:`m_g, v_g` are mean and variance of one sample over the D = C/G channels of the group and all
-    positions (Wu & He, *Group Normalization*, 2018). Groups are D consecutive entries of `channel_order`; input
-    and output keep the natural order. With none of the per-channel buffers set and softness 0 the layer is
+    positions (Wu & He, *Group Normalization*, 2018). Groups are D consecutive entries of `channel_order`;
+    input and output keep the natural order. With none of the per-channel buffers set and softness 0 the layer is
     `torch.nn.GroupNorm` followed by `act`, with the same parameter names.
 
     Args:
@@ -39,8 +39,8 @@ class FusedGroupNorm(nn.Module):
         affine: whether there are gamma and beta.
         act: an activation computed in the same pass: one of `gnswap.ops.ACTIVATIONS`, or a module, which is
             kept as the submodule `act` and fused where it is one of them.
-        softness: added to the variance like eps, but a dial: on standardised channels (variance about 1) 0 is
-            pure GroupNorm, 1 halves the fluctuation that GroupNorm adds, infinity would be a frozen BatchNorm.
+        softness: added to the variance like eps, but a dial: on standardised channels (variance about 1) 0
+            is pure GroupNorm, 1 halves the fluctuation that GroupNorm adds, infinity is a frozen BatchNorm.
         bias: whether there is beta; ignored where `affine` is off.
 
     Shape:

@@ -21,7 +21,7 @@ class Site(Record):
     """One normalisation layer of a model, under all the names it can be reached by.
 
     Attributes:
-        paths: every dotted path that leads to this one module, in the order of `named_modules`; "" is the root.
+        paths: every dotted path to this one module, in the order of `named_modules`; "" is the root.
         norm_type: its class, as `module.QualifiedName`.
         num_channels: C; 0 where the layer does not know it yet (lazy layers).
         eps: the layer's own epsilon.

@@ -1,0 +1,95 @@
+"""The floors of the design hold: a file imports only from lower floors, and no file grows past 400 lines."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gnswap"
+
+# One line a floor, lowest first. Same-floor imports are listed in SAME_FLOOR, each with its reason.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"_errors", "_record", "_records"}),
+    frozenset({"ops._activations", "ops._reference", "ops._backend", "_algebra", "_grouping"}),
+    frozenset({"ops._cpu"}),
+    frozenset({"ops._op", "ops"}),
+    frozenset({"_layer", "_norms", "_sites"}),
+    frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate"}),
+    frozenset({"_convert", "_store", "_samples", "_photos", "_baselines"}),
+    frozenset({"_cli", "_demo", "__main__", "__init__"}),
+)
+SAME_FLOOR = {
+    ("_record", "_errors"): "records refuse bad JSON with our errors",
+    ("_records", "_record"): "the records are built on their base",
+    ("_records", "_errors"): "decisions check themselves",
+}
+
+
+def floor_of(module: str) -> int:
+    for number, names in enumerate(FLOORS):
+        if module in names:
+            return number
+    raise AssertionError(f"{module} stands on no floor: add it to FLOORS in {Path(__file__).name}")
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__") if name != "__init__" else name
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules of this package that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gnswap":
+            module = (node.module or "").removeprefix("gnswap").removeprefix(".")
+            for alias in node.names:
+                below = f"{module}.{alias.name}" if module else alias.name
+                place = PACKAGE / Path(*below.split("."))
+                is_module = place.with_suffix(".py").exists() or (place / "__init__.py").exists()
+                names.add(below if is_module else module)
+        elif isinstance(node, ast.Import):
+            names |= {
+                alias.name.removeprefix("gnswap").removeprefix(".") or "__init__"
+                for alias in node.names
+                if alias.name.split(".")[0] == "gnswap"
+            }
+    return {name for name in names if name}
+
+
+def violations(module: str, tree: ast.AST) -> list[str]:
+    return [
+        f"{module} (floor {floor_of(module)}) imports {other} (floor {floor_of(other)})"
+        for other in sorted(imported(tree))
+        if other != module and (module, other) not in SAME_FLOOR and floor_of(other) >= floor_of(module)
+    ]
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", source_files(), ids=module_name)
+def test_imports_go_down(path: Path) -> None:
+    assert not violations(module_name(path), ast.parse(path.read_text()))
+
+
+def test_an_upward_import_is_seen() -> None:
+    tree = ast.parse("def f():\n    from gnswap._cli import main\n")
+    assert violations("_plan", tree) == ["_plan (floor 5) imports _cli (floor 7)"]
+
+
+def test_a_verb_that_imports_a_verb_is_seen() -> None:
+    assert violations("_plan", ast.parse("from gnswap._apply import apply"))
+
+
+def test_a_file_on_no_floor_is_seen() -> None:
+    with pytest.raises(AssertionError, match="stands on no floor"):
+        floor_of("_nowhere")
+
+
+@pytest.mark.parametrize("path", source_files(), ids=module_name)
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
