@@ -29,8 +29,8 @@ class FusedGroupNorm(nn.Module):
 
     where :math:`m_g, v_g` are mean and variance of one sample over the D = C/G channels of the group and all
     positions (Wu & He, *Group Normalization*, 2018). Groups are D consecutive entries of `channel_order`;
-    input and output keep the natural order. With none of the per-channel buffers set and softness 0 the layer is
-    `torch.nn.GroupNorm` followed by `act`, with the same parameter names.
+    input and output keep the natural order. With none of the per-channel buffers set and softness 0 the layer
+    is `torch.nn.GroupNorm` followed by `act`, with the same parameter names.
 
     Args:
         num_groups: G; must divide C.
@@ -216,8 +216,5 @@ def _is_identity(module: nn.Module | None) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

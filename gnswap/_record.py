@@ -117,9 +117,7 @@ def _parse_record(kind: type[Record], value: Any, where: str) -> Record:
     missing = [
         name
         for name, field in fields.items()
-        if name not in value
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise PlanError("missing key", where=where, expected=", ".join(missing), found=", ".join(value))

@@ -118,9 +118,7 @@ class Decision(Record):
                 found=str(self.num_groups),
             )
         if not 0.0 <= self.softness < float("inf"):
-            raise PlanError(
-                "impossible softness", where=where, expected="0 or more, finite", found=str(self.softness)
-            )
+            raise PlanError("impossible softness", where=where, expected="0 or more, finite", found=str(self.softness))
         if self.channel_order is not None and sorted(self.channel_order) != list(range(channels)):
             raise PlanError(
                 "channel_order is no permutation",
