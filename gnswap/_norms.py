@@ -21,7 +21,8 @@ from gnswap._errors import ArgumentError, ModelError
 class NormState:
     """What one normalisation layer computes.
 
-    That is ``act(drop((x - running_mean) / sqrt(running_var + eps) * weight + bias))``. Tensors are held by reference, each `[C]` or None; nothing is copied.
+    That is ``act(drop((x - running_mean) / sqrt(running_var + eps) * weight + bias))``. Tensors are held by
+    reference, each `[C]` or None; nothing is copied.
 
     Attributes:
         num_channels: C.
@@ -59,7 +60,8 @@ class NormState:
         """
         weight, bias, mean, var = (_tensor(module, name) for name in ("weight", "bias", "running_mean", "running_var"))
         sized = next((tensor for tensor in (mean, var, weight, bias) if tensor is not None), None)
-        channels = getattr(module, "num_features", 0) if sized is None else sized.numel()
+        declared = int(getattr(module, "num_features", 0))
+        channels = declared if sized is None or is_lazy(sized) else sized.numel()
         return cls(channels, float(getattr(module, "eps", 1e-5)), weight, bias, mean, var, act, drop, dims)
 
 

@@ -203,7 +203,7 @@ def _checksum(tensor: Tensor) -> str:
     data = tensor.detach().cpu()
     if data.layout is torch.strided and not data.is_quantized:
         flat = data.resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return f"{zlib.crc32(memoryview(flat.view(torch.uint8).numpy())):08x}" if flat.numel() else "empty"
+        return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}" if flat.numel() else "empty"
     buffer = io.BytesIO()
     torch.save(data, buffer)
     return f"{zlib.crc32(buffer.getbuffer()):08x}"

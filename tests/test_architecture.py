@@ -15,7 +15,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"ops._activations", "ops._reference", "ops._backend", "_algebra", "_grouping"}),
     frozenset({"ops._cpu"}),
     frozenset({"ops._op", "ops"}),
-    frozenset({"_layer", "_norms", "_sites"}),
+    frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey"}),
     frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate"}),
     frozenset({"_convert", "_store", "_samples", "_photos", "_baselines"}),
     frozenset({"_cli", "_demo", "__main__", "__init__"}),
@@ -24,6 +24,10 @@ SAME_FLOOR = {
     ("_record", "_errors"): "records refuse bad JSON with our errors",
     ("_records", "_record"): "the records are built on their base",
     ("_records", "_errors"): "decisions check themselves",
+    ("_sites", "_norms"): "a walk has to know a norm when it sees one",
+    ("_survey", "_forwards"): "a survey is put together from what these three see",
+    ("_survey", "_norms"): "the same",
+    ("_survey", "_sites"): "the same",
 }
 
 
