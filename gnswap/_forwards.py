@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 _FUNCTIONS = frozenset({"batch_norm", "native_batch_norm"})
 _STATISTICS = frozenset({"running_mean", "running_var"})
@@ -37,18 +37,22 @@ class Forward:
     reads: frozenset[str] = frozenset()
 
 
-@functools.lru_cache(maxsize=1024)
+_READ: WeakKeyDictionary[type, Forward] = WeakKeyDictionary()
+
+
 def read_forward(kind: type) -> Forward:
     """Look through the forward of a module class; classes of torch.nn are known and not looked at."""
     if kind.__module__.startswith("torch.nn."):
         return Forward()
-    found = [_read_function(function) for function in _used_functions(kind)]
-    return Forward(
-        on_activations=any(one.on_activations for one in found),
-        on_weights=any(one.on_weights for one in found),
-        unclear=any(one.unclear for one in found),
-        reads=frozenset().union(*(one.reads for one in found)),
-    )
+    if kind not in _READ:
+        found = [_read_function(function) for function in _used_functions(kind)]
+        _READ[kind] = Forward(
+            on_activations=any(one.on_activations for one in found),
+            on_weights=any(one.on_weights for one in found),
+            unclear=any(one.unclear for one in found),
+            reads=frozenset().union(*(one.reads for one in found)),
+        )
+    return _READ[kind]
 
 
 def _used_functions(kind: type) -> Iterator[FunctionType]:
@@ -60,7 +64,8 @@ def _used_functions(kind: type) -> Iterator[FunctionType]:
         function = inspect.unwrap(function) if callable(function) else function
         if not isinstance(function, FunctionType) or function in seen:
             continue
-        if function.__module__ == "torch" or (function.__module__ or "").startswith("torch."):
+        home = function.__module__ or ""
+        if home == "torch" or (home.startswith("torch.") and not home.startswith("torch.ao.")):
             continue
         seen.add(function)
         yield function
@@ -88,12 +93,9 @@ def _read_function(function: FunctionType) -> Forward:
 
 
 def _is_batch_norm(function: ast.expr) -> bool:
-    """`F.batch_norm`, `torch.batch_norm`, `batch_norm`; not `self.batch_norm`, which is a child."""
-    if isinstance(function, ast.Name):
-        return function.id in _FUNCTIONS
-    if not isinstance(function, ast.Attribute) or function.attr not in _FUNCTIONS:
-        return False
-    return not (isinstance(function.value, ast.Name) and function.value.id == "self")
+    """`F.batch_norm`, `batch_norm`, `torch.ops.aten.batch_norm.default`; not `self.batch_norm`, which is a child."""
+    first, *others = ast.unparse(function).split(".")
+    return first in _FUNCTIONS or (first != "self" and not _FUNCTIONS.isdisjoint(others))
 
 
 def _child_whose_statistics(node: ast.AST) -> str | None:

@@ -42,8 +42,10 @@ _OWN_MARKS = ("_origin", "_gnswap")
 def survey(model: nn.Module) -> Inventory:
     """List every norm of a model; see `gnswap.inspect`."""
     require_plain(model)
-    modules = {id(module): (path, module) for path, module in reversed(list(walk(model)))}
-    unique = list(reversed(modules.values()))
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in walk(model):
+        first.setdefault(id(module), (path, module))
+    unique = list(first.values())
     norms = find_norms(model)
     held, unregistered = _held_outside(unique)
     norm_paths = {path for paths, _ in norms for path in paths}
@@ -108,9 +110,8 @@ def _entangled(model: nn.Module, paths: tuple[str, ...], norm_paths: Collection[
     return None
 
 
-def _held_outside(unique: Iterable[tuple[str, nn.Module]]) -> tuple[dict[int, str], list[str]]:
+def _held_outside(unique: Collection[tuple[str, nn.Module]]) -> tuple[dict[int, str], list[str]]:
     """Norms in plain attributes: id to holder for those in the tree as well, notes for those that are not."""
-    unique = list(unique)
     in_tree = {id(module) for _, module in unique}
     internals = nn.Module().__dict__.keys() | set(_OWN_MARKS)
     held: dict[int, str] = {}
