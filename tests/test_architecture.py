@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "gnswap"
 # One line a floor, lowest first. Same-floor imports are listed in SAME_FLOOR, each with its reason.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_errors", "_record", "_records"}),
-    frozenset({"ops._activations", "ops._reference", "ops._backend", "_algebra", "_grouping"}),
+    frozenset({"ops._activations", "ops._reference", "ops._backend", "_algebra", "_grouping", "_policy"}),
     frozenset({"ops._cpu"}),
     frozenset({"ops._op", "ops"}),
-    frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey"}),
+    frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}),
     frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate"}),
     frozenset({"_convert", "_store", "_samples", "_photos", "_baselines"}),
     frozenset({"_cli", "_demo", "__main__", "__init__"}),
@@ -28,6 +28,7 @@ SAME_FLOOR = {
     ("_survey", "_forwards"): "a survey is put together from what these three see",
     ("_survey", "_norms"): "the same",
     ("_survey", "_sites"): "the same",
+    ("_carry", "_sites"): "what is carried is put in place there",
 }
 
 

@@ -1,0 +1,195 @@
+"""apply: put the layers of a plan in place of the BatchNorms, all of them or none.
+
+Why in three steps (check everything, build everything, swap everything): nothing of the model has changed until the
+last layer is built, and the swap itself is a handful of assignments that are taken back if one of them fails.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gnswap import _sites
+from gnswap._algebra import standardise
+from gnswap._carry import carry_over, copied, replace_all
+from gnswap._errors import ArgumentError, ModelError, NothingToSwapError, PlanMismatchError
+from gnswap._layer import FusedGroupNorm
+from gnswap._norms import NormState, read_norm, refusal, type_name
+from gnswap._records import Decision, Plan
+
+
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Replace the BatchNorms of a model by the GroupNorms of a plan.
+
+    The new layers take over what the old ones held: gamma and beta as the same `Parameter` objects (an optimizer
+    stays valid), dtype, device, training flag, hooks, fused activation and dropout, further attributes. A layer
+    that is reached under several names stays one layer.
+
+    Re-running an initialisation (`init_weights`, zero-init of the last gamma) afterwards resets gamma and beta but not
+    the standardisation, as it would have kept the running statistics. Fusing or re-parameterising (RepVGG, MobileOne,
+    FastViT) needs BatchNorm: do it before.
+
+    Args:
+        model: a network of the architecture that the plan was made for.
+        plan: made by `gnswap.plan`, perhaps edited, perhaps on another machine.
+        inplace: change this very model. Otherwise a deep copy is changed and the model left untouched.
+
+    Returns:
+        The converted network. This is `model` itself with `inplace`, unless the root is a BatchNorm.
+
+    Raises:
+        NothingToSwapError: the plan swaps nothing.
+        PlanMismatchError: the plan is for another architecture.
+        ModelError: the model is converted already, cannot be copied, or a layer cannot be swapped.
+        WrappedModelError: the model is wrapped (DDP, FSDP, torch.compile, TorchScript).
+
+    Example:
+        >>> import torch, gnswap
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU())
+        >>> converted = gnswap.apply(net, gnswap.plan(net, groups=8))
+        >>> type(net[1]).__name__, type(converted[1]).__name__
+        ('BatchNorm2d', 'FusedGroupNorm')
+    """
+    _sites.require_plain(model)
+    if not isinstance(plan, Plan):
+        raise ArgumentError("not a plan", where="apply.plan", expected="a gnswap.Plan", found=f"{plan!r:.60}")
+    if _sites.applied(model) is not None:
+        raise ModelError("the model is converted already", fix="Call gnswap.revert first.")
+    if not plan.swaps:
+        kept = "; ".join(f"{decision.name}: {decision.reason}" for decision in plan.kept[:3])
+        raise NothingToSwapError(
+            "the plan swaps nothing",
+            where=type(model).__qualname__,
+            found=f"{len(plan.kept)} layers kept ({kept})" if kept else "no BatchNorm",
+        )
+    _check(model, plan)
+    target = model if inplace else copied(model)
+    norms = dict(_sites.find_norms(target))
+    swaps = [(decision, norms[decision.paths]) for decision in plan.swaps]
+    layers = [_build(norm, decision) for decision, norm in swaps]
+    root = replace_all(target, [decision.paths for decision, _ in swaps], layers)
+    root.__dict__["_gnswap"] = _sites.Applied(plan, _sites.digest(root))
+    return root
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that does not fit, before anything is touched."""
+    norms = dict(_sites.find_norms(model))
+    by_path = {path: module for paths, module in norms.items() for path in paths}
+    advice = "Make a plan for this model with gnswap.plan."
+    for decision in plan.decisions:
+        module = norms.get(decision.paths)
+        if module is None:
+            there = [path for path in decision.paths if path in by_path]
+            found = f"a norm under {', '.join(there)} only" if there else "no norm there"
+            raise PlanMismatchError(
+                "the plan is for another model",
+                where=decision.name,
+                expected=f"one {decision.norm_type} under {', '.join(path or '(root)' for path in decision.paths)}",
+                found=found,
+                fix=advice,
+            )
+        if type_name(type(module)) != decision.norm_type:
+            raise PlanMismatchError(
+                "the plan is for another type of layer",
+                where=decision.name,
+                expected=decision.norm_type,
+                found=type_name(type(module)),
+                fix=advice,
+            )
+        if decision.action == "swap":
+            _check_swap(module, decision)
+    if len(plan.decisions) != len(norms):
+        decided = {path for decision in plan.decisions for path in decision.paths}
+        missing = next((paths[0] for paths in norms if not decided.intersection(paths)), None)
+        raise PlanMismatchError(
+            "the plan decides about a layer more than once" if missing is None else "the plan leaves a layer out",
+            where=missing,
+            expected=f"one decision for each of {len(norms)} norm layers",
+            found=f"{len(plan.decisions)} decisions",
+            fix=advice,
+        )
+    if (found := _sites.fingerprint(model)) != plan.fingerprint:
+        raise PlanMismatchError(
+            "the plan is for another model: the norm layers are the same, other parameters are not",
+            where=type(model).__qualname__,
+            expected=f"fingerprint {plan.fingerprint[:12]}",
+            found=found[:12],
+            fix=advice,
+        )
+
+
+def _check_swap(module: nn.Module, decision: Decision) -> None:
+    if (reason := refusal(module)) is not None:
+        raise ModelError("this layer cannot be swapped", where=decision.name, found=reason)
+    state = read_norm(module)
+    if state.num_channels != decision.num_channels:
+        raise PlanMismatchError(
+            "another number of channels than planned",
+            where=decision.name,
+            expected=str(decision.num_channels),
+            found=str(state.num_channels),
+        )
+    if decision.standardise and state.running_var is None:
+        raise PlanMismatchError(
+            "no running statistics to standardise with",
+            where=decision.name,
+            expected="running_mean and running_var",
+            fix="Edit the plan: standardise=False makes it a plain GroupNorm.",
+        )
+
+
+def _build(norm: nn.Module, decision: Decision) -> FusedGroupNorm:
+    """The layer that stands for `norm`, which is only read."""
+    state = read_norm(norm)
+    layer = FusedGroupNorm(decision.num_groups, state.num_channels, state.eps, affine=False, softness=decision.softness)
+    layer.affine = state.weight is not None
+    layer.register_parameter("weight", _as_parameter(state.weight))
+    layer.register_parameter("bias", _as_parameter(state.bias))
+    _set_constants(layer, state, decision)
+    layer.drop, layer.act = state.drop, state.act
+    carry_over(norm, layer, weight=state.weight, bias=state.bias)
+    return layer
+
+
+def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """A `Parameter` as it is; a frozen layer's buffer as one that does not train, on the same memory."""
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _set_constants(layer: FusedGroupNorm, state: NormState, decision: Decision) -> None:
+    some = next((t for t in (state.running_var, state.weight, state.bias) if t is not None), None)
+    device = None if some is None else some.device
+    order, signs = (
+        None if values is None else torch.tensor(values, device=device)
+        for values in (decision.channel_order, decision.signs)
+    )
+    layer.channel_order = order
+    if decision.standardise and state.running_mean is not None and state.running_var is not None:
+        constants = standardise(
+            state.running_mean,
+            state.running_var,
+            state.eps,
+            decision.num_groups,
+            softness=decision.softness,
+            channel_order=order,
+            signs=signs,
+        )
+        layer.channel_scale, layer.channel_shift, layer.channel_gain = constants.scale, constants.shift, constants.gain
+        if not (layer.channel_scale.is_meta or _all_finite(constants.scale, constants.shift, constants.gain)):
+            raise ModelError(
+                "the standardisation is not finite",
+                where=decision.name,
+                expected=f"values that {constants.scale.dtype} can hold",
+                fix="Convert the model in float32, then cast it.",
+            )
+    elif signs is not None:
+        dtype = torch.get_default_dtype() if some is None else some.dtype
+        layer.channel_scale = layer.channel_gain = signs.to(dtype)
+        layer.channel_shift = torch.zeros_like(layer.channel_scale)
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

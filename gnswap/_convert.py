@@ -1,0 +1,128 @@
+"""convert: inspect, plan and apply in one call, and say what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gnswap._apply import apply
+from gnswap._errors import ArgumentError
+from gnswap._fidelity import Fidelity, compare
+from gnswap._plan import plan as make_plan
+from gnswap._record import Record
+from gnswap._records import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport(Record):
+    """What came of a conversion.
+
+    Attributes:
+        model: the model's class.
+        swapped: number of layers that are GroupNorms now.
+        kept: number of norm layers that were left; the plan says why.
+        notes: what a user should know, kept layers first.
+        fidelity: the converted network against the original on the calibration photos; None without photos.
+    """
+
+    model: str
+    swapped: int
+    kept: int
+    notes: tuple[str, ...] = ()
+    fidelity: Fidelity | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversion:
+    """What `convert` returns.
+
+    Attributes:
+        model: the converted network.
+        plan: the decisions behind it.
+        report: what came of them.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: ConversionReport
+
+
+def convert(
+    model: nn.Module,
+    *,
+    groups: int | Literal["auto"] = "auto",
+    group_size: int | None = None,
+    softness: float | Literal["auto"] = "auto",
+    max_softness: float = 1.0,
+    fidelity: float | None = None,
+    order: Literal["auto", "natural"] = "auto",
+    calibration: Iterable[Any] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Conversion:
+    """Turn a pretrained BatchNorm network into a GroupNorm network that still works; the input is left untouched.
+
+    Args:
+        model: any network with BatchNorm, on any device.
+        groups, group_size, softness, max_softness, fidelity, order, include, exclude, overrides: see `gnswap.plan`.
+        calibration: input batches (tensors, or tuples whose first item is the input), read once. The fidelity of the
+            converted network is measured on them.
+
+    Returns:
+        The converted network (a copy), the plan, and a report.
+
+    Raises:
+        NothingToSwapError: there is no BatchNorm, or every one is kept.
+        ArgumentError, PlanError: an option is wrong; see `gnswap.plan`.
+        CalibrationError: `calibration` is empty or holds no tensors.
+        ModelError: the model cannot be copied or is wrapped.
+
+    Example:
+        >>> import torch, gnswap
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU()).eval()
+        >>> conversion = gnswap.convert(net, calibration=[torch.randn(2, 3, 8, 8)])
+        >>> conversion.report.swapped, conversion.report.fidelity.photos
+        (1, 2)
+    """
+    if isinstance(calibration, Tensor | str):
+        raise ArgumentError(
+            "calibration is no iterable of batches",
+            where="convert.calibration",
+            expected="batches, such as a list of tensors or a DataLoader",
+            found=type(calibration).__qualname__,
+            fix="A single batch goes in a list: [batch].",
+        )
+    plan = make_plan(
+        model,
+        groups=groups,
+        group_size=group_size,
+        softness=softness,
+        max_softness=max_softness,
+        fidelity=fidelity,
+        order=order,
+        calibration=calibration,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+    )
+    converted = apply(model, plan)
+    measured = None if calibration is None else compare(model, converted, calibration)
+    notes = [f"kept {decision.name}: {decision.reason}" for decision in plan.kept]
+    notes += plan.notes
+    if fidelity is not None and measured is not None:
+        notes.append(_verdict(fidelity, measured))
+    report = ConversionReport(
+        model=plan.model, swapped=len(plan.swaps), kept=len(plan.kept), notes=tuple(notes), fidelity=measured
+    )
+    return Conversion(converted, plan, report)
+
+
+def _verdict(target: float, measured: Fidelity) -> str:
+    if measured.agreement is None:
+        return f"the target {target:g} cannot be judged: the network is no classifier"
+    word = "met" if measured.agreement >= target else "missed"
+    return f"target {target:g} {word}: {measured.agreement:.3f} of {measured.photos} photos keep their class"

@@ -1,0 +1,83 @@
+"""How many groups a layer gets: pure arithmetic on the number of channels.
+
+Why not `gcd(32, C)` or `min(32, C)`, as most conversions do: the first makes one-channel groups (InstanceNorm,
+which destroys what a pretrained network knows) out of every layer with 32 channels or fewer, the second does not
+divide many of them. Here a group has at least `MIN_GROUP_SIZE` channels, or is the whole layer.
+"""
+
+from __future__ import annotations
+
+MIN_GROUP_SIZE = 4
+"""Channels that a group has at least, unless the layer has fewer or a person insists."""
+
+
+def valid_groups(num_channels: int) -> tuple[int, ...]:
+    """The numbers of groups that divide C and leave `MIN_GROUP_SIZE` channels in each; 1 is always there.
+
+    Example:
+        >>> valid_groups(24), valid_groups(3)
+        ((1, 2, 3, 4, 6), (1,))
+    """
+    most = max(1, num_channels // MIN_GROUP_SIZE)
+    return tuple(groups for groups in range(1, most + 1) if num_channels % groups == 0)
+
+
+def nearest_groups(num_channels: int, groups: int) -> tuple[int, str | None]:
+    """The valid number of groups nearest to the one asked for; between two, the smaller.
+
+    Args:
+        num_channels: C.
+        groups: G as asked for, at least 1.
+
+    Returns:
+        G, and what to tell the user where it is not the one asked for.
+
+    Example:
+        >>> nearest_groups(16, 32)
+        (4, '32 groups asked for; 4 is the nearest that divides 16 channels into groups of at least 4')
+    """
+    chosen = min(valid_groups(num_channels), key=lambda valid: (abs(valid - groups), valid))
+    return chosen, _changed(num_channels, f"{groups} groups", groups == chosen, chosen)
+
+
+def nearest_group_size(num_channels: int, group_size: int) -> tuple[int, str | None]:
+    """The number of groups whose size is the valid one nearest to that asked for; between two, the larger size.
+
+    Args:
+        num_channels: C.
+        group_size: D as asked for, at least 1.
+
+    Returns:
+        G, and what to tell the user where its D is not the one asked for.
+
+    Example:
+        >>> nearest_group_size(96, 32), nearest_group_size(40, 32)[0]
+        ((3, None), 1)
+    """
+    sizes = {num_channels // groups: groups for groups in valid_groups(num_channels)}
+    size = min(sizes, key=lambda valid: (abs(valid - group_size), -valid))
+    return sizes[size], _changed(num_channels, f"groups of {group_size}", size == group_size, sizes[size])
+
+
+def auto_groups(num_channels: int) -> int:
+    """The number of groups that `groups="auto"` gives where no photos choose: large groups, more of them with width.
+
+    TODO-evidence
+
+    Example:
+        >>> [auto_groups(channels) for channels in (16, 96, 320, 1280)]
+        [1, 1, 4, 4]
+    """
+    least = max(64, num_channels / 4)
+    return max(groups for groups in valid_groups(num_channels) if groups == 1 or num_channels / groups >= least)
+
+
+def _changed(num_channels: int, asked: str, same: bool, groups: int) -> str | None:
+    if same:
+        return None
+    if num_channels < MIN_GROUP_SIZE:
+        return f"{asked} asked for; {num_channels} channels make one group"
+    return (
+        f"{asked} asked for; {groups} is the nearest that divides {num_channels} channels "
+        f"into groups of at least {MIN_GROUP_SIZE}"
+    )
