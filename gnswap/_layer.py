@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gnswap import ops
 from gnswap._errors import ArgumentError
+from gnswap.ops._activations import activate
 
 # What a BatchNorm has and a GroupNorm cannot have; code that asks for it wants to fold the norm into a conv.
 _BATCHNORM_STATE = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
@@ -142,16 +143,23 @@ class FusedGroupNorm(nn.Module):
 
     @property
     def fused_act(self) -> str | None:
-        """The activation that the kernel computes; None where there is none or `act` runs as a module."""
-        if isinstance(self.act, str):
-            return self.act
-        if isinstance(self.act, nn.Module) and not _has_hooks(self.act) and _is_identity(self.drop):
-            return ops.activation_name(self.act)
-        return None
+        """The activation that the kernel computes; None where there is none or it runs after the kernel."""
+        if not _is_identity(self.drop):  # it works between the norm and the activation
+            return None
+        if isinstance(self.act, nn.Module):
+            return None if _has_hooks(self.act) else ops.activation_name(self.act)
+        return self.act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `x`; `residual`, of the same shape, is added before the activation."""
-        weight = self.weight
+        if x.ndim > 1 and x.shape[1] != self.num_channels:
+            raise ArgumentError(
+                "x does not have the channels of this layer",
+                where="FusedGroupNorm",
+                expected=str(self.num_channels),
+                found=str(x.shape[1]),
+            )
+        weight: Tensor | None = self.weight
         if self.channel_gain is not None:
             weight = self.channel_gain if weight is None else weight * self.channel_gain
         fused_act = self.fused_act
@@ -170,8 +178,7 @@ class FusedGroupNorm(nn.Module):
         if fused_act is None:
             if self.drop is not None:
                 y = self.drop(y)
-            if isinstance(self.act, nn.Module):
-                y = self.act(y)
+            y = self.act(y) if isinstance(self.act, nn.Module) else activate(y, self.act)
         return y
 
     def extra_repr(self) -> str:
