@@ -12,12 +12,25 @@ PACKAGE = Path(__file__).parent.parent / "gnswap"
 # One line a floor, lowest first. Same-floor imports are listed in SAME_FLOOR, each with its reason.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_errors", "_record", "_records"}),
-    frozenset({"ops._activations", "ops._reference", "ops._backend", "_algebra", "_grouping", "_policy"}),
+    frozenset(
+        {
+            "ops._activations",
+            "ops._reference",
+            "ops._backend",
+            "_algebra",
+            "_grouping",
+            "_policy",
+            "_directory",
+            "_saved",
+        }
+    ),
     frozenset({"ops._cpu"}),
     frozenset({"ops._op", "ops"}),
     frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}),
-    frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate"}),
-    frozenset({"_convert", "_store", "_samples", "_photos", "_baselines"}),
+    frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate", "_source", "_weights"}),
+    frozenset(
+        {"_convert", "_store", "_samples", "_photos", "_baselines"} | {"_cli_models", "_cli_output", "_cli_tables"}
+    ),
     frozenset({"_cli", "_demo", "__main__", "__init__"}),
 )
 SAME_FLOOR = {
@@ -29,6 +42,9 @@ SAME_FLOOR = {
     ("_survey", "_norms"): "the same",
     ("_survey", "_sites"): "the same",
     ("_carry", "_sites"): "what is carried is put in place there",
+    ("_cli", "_demo"): "the demo is one of its commands",
+    ("_cli", "__init__"): "it calls the verbs by their public names",
+    ("__main__", "_cli"): "python -m gnswap is gnswap",
 }
 
 

@@ -1,0 +1,357 @@
+"""The command line: `gnswap VERB`. Results go to stdout, progress and messages to stderr.
+
+Why so thin: every verb is a function of the package first. Here is only what a terminal needs: names for models,
+tables for records, exit codes for errors.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.markup import escape
+from torch import Tensor, nn
+from typer.core import TyperGroup
+
+import gnswap
+from gnswap import _cli_models, _cli_output, _cli_tables
+from gnswap._errors import ArgumentError, CalibrationError, GnswapError, NothingToSwapError
+from gnswap._photos import PhotoBatches
+from gnswap._store import require_free, saved_source
+
+EXIT_ERROR, EXIT_NOTHING_TO_SWAP, EXIT_PARITY_FAILED = 1, 3, 4
+
+
+class _Group(TyperGroup):
+    """Turns the package's errors into one message and an exit code; anything else is a bug and shows as such."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GnswapError as error:
+            _cli_output.stderr().print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            code = EXIT_NOTHING_TO_SWAP if isinstance(error, NothingToSwapError) else EXIT_ERROR
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="gnswap",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Swap BatchNorm for GroupNorm in pretrained networks and keep what they know.\n\n"
+    "The way through: inspect → convert → export → validate. The fastest look at all of it: [bold]gnswap demo[/].\n\n"
+    "Exit codes: 0 fine, 1 an error of gnswap's, 2 wrong usage, 3 nothing to swap, 4 parity failed. "
+    "Results go to stdout, progress and messages to stderr.",
+)
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm name such as resnet50 or tf_efficientnet_lite0.in1k, or package.module:factory, a function that "
+        "returns the network; the current directory can be imported from.",
+    ),
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that gnswap convert wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Rebuilt = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="The original network, as given to convert. Needed where it is no timm model: code that a file names is "
+        "never run by itself.",
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", metavar="CxHxW", help="Shape of one input, such as 3x224x224. timm models know theirs."),
+]
+
+
+def main() -> None:
+    """The console script: as `app`, and a terminated process cleans up like an interrupted one."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
+    sys.exit(128 + signum)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gnswap {gnswap.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(model: ModelName, as_json: AsJson = False) -> None:
+    """List every normalisation layer of a network, and why it could not be swapped where that is so.
+
+    No weights are needed or fetched.
+
+    [bold]Examples[/]
+
+        gnswap inspect resnet50
+
+        gnswap inspect mypackage.models:build --json
+    """
+    with _cli_output.step(f"building {model}"):
+        network = _cli_models.build_model(model)
+    inventory = gnswap.inspect(network)
+    _cli_output.result(inventory.to_dict(), _cli_tables.inventory_view(inventory), as_json)
+    if not inventory.swappable:
+        raise typer.Exit(EXIT_NOTHING_TO_SWAP)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Where to save; a conversion that is there is replaced."),
+    ],
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch timm's pretrained weights.")] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Load these: safetensors, or a PyTorch state dict (read without running code from it).",
+        ),
+    ] = None,
+    groups: Annotated[
+        str, typer.Option("--groups", metavar="auto|N", help="Number of groups in every layer.")
+    ] = "auto",
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", metavar="D", min=1, help="Channels in a group, instead of --groups.")
+    ] = None,
+    softness: Annotated[
+        str,
+        typer.Option(
+            "--softness",
+            metavar="auto|X",
+            help="0 is pure GroupNorm; 1 halves the fluctuation that GroupNorm adds to what BatchNorm computed.",
+        ),
+    ] = "auto",
+    max_softness: Annotated[
+        float, typer.Option("--max-softness", metavar="X", min=0.0, help="Bound of --softness auto.")
+    ] = 1.0,
+    order: Annotated[
+        Literal["auto", "natural"], typer.Option("--order", help="Which channels share a group.")
+    ] = "auto",
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Swap only layers whose path fits. May be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="GLOB", help="Keep layers whose path fits. May be repeated."),
+    ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth, to measure the fidelity on."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Use no more than N of the photos.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Swap the BatchNorms of a network and save the result.
+
+    Prints the decision on every layer and, with --calib, how far the converted network's answers are from the
+    original's. The directory holds model.safetensors and plan.json and appears only when it is complete.
+
+    [bold]Examples[/]
+
+        gnswap convert resnet50 --pretrained -o resnet50-gn
+
+        gnswap convert resnet50 --weights mine.pth --group-size 32 --calib photos/ -o resnet50-gn
+
+        gnswap convert mypackage.models:build -o out --groups 8 --softness 0 --exclude 'head.*' --json
+    """
+    if pretrained and weights is not None:
+        raise typer.BadParameter("give --pretrained or --weights, not both")
+    if limit is not None and calib is None:
+        raise typer.BadParameter("--limit is for the photos of --calib, which is not given")
+    options: dict[str, Any] = {
+        "groups": _number("--groups", groups, int),
+        "group_size": group_size,
+        "softness": _number("--softness", softness, float),
+        "max_softness": max_softness,
+        "order": order,
+        "include": include or None,
+        "exclude": exclude or None,
+    }
+    require_free(output)
+    with _cli_output.step(f"building {model}" + (" with its pretrained weights" if pretrained else "")):
+        network = _cli_models.build_model(model, pretrained=pretrained)
+    if weights is not None:
+        for note in _cli_models.load_weights(network, weights):
+            _cli_output.note(note)
+    elif not pretrained and not _cli_models.is_factory(model):
+        _cli_output.note("the weights are random: give --pretrained or --weights for a network that knows something")
+    if calib is not None:
+        photos = PhotoBatches(calib, network, limit=limit, skip_unreadable=True)
+        for skipped in photos.skipped:
+            _cli_output.note(f"skipped: {skipped}")
+        options["calibration"] = _cli_output.Watched(photos, f"{photos.photos} photos")
+    with _cli_output.step("converting"), _cli_output.warnings_as_notes():
+        conversion = gnswap.convert(network, **options)
+    with _cli_output.step(f"saving to {output}"):
+        gnswap.save(conversion, output, source=_cli_models.source_of(model))
+    source = saved_source(output)
+    data = {
+        "model": model,
+        "directory": str(output),
+        "source": None if source is None else source.to_dict(),
+        "plan": conversion.plan.to_dict(),
+        "report": conversion.report.to_dict(),
+    }
+    views = [_cli_tables.plan_view(conversion.plan)]
+    if conversion.report.fidelity is not None:
+        views.append(_cli_tables.fidelity_view(conversion.report.fidelity))
+    _cli_output.result(data, [*views, f"Saved to [bold]{escape(str(output))}[/]."], as_json)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")],
+    target: Annotated[str, typer.Option("--target", help="The form of the graph.")] = "portable",
+    model: Rebuilt = None,
+    input_shape: InputShape = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a converted network as ONNX, with a dynamic batch, checked by onnx's own checker.
+
+    [bold]Examples[/]
+
+        gnswap export resnet50-gn -o resnet50-gn.onnx
+
+        gnswap export out -o out.onnx --model mypackage.models:build --input 3x64x64
+    """
+    network = _load(directory, model)
+    example = _example(network, input_shape)
+    with _cli_output.step(f"exporting to {output}"), _cli_output.warnings_as_notes():
+        report = gnswap.export_onnx(network, output, example, target=target)
+    _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What gnswap export wrote.")],
+    directory: Directory,
+    provider: Annotated[
+        Literal["cpu", "cuda", "tensorrt"],
+        typer.Option("--provider", help="Where onnxruntime runs it; a fallback to the CPU is an error."),
+    ] = "cuda",
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="Photos to compare on; random numbers where not given."),
+    ] = None,
+    model: Rebuilt = None,
+    input_shape: InputShape = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run an exported file in onnxruntime and compare it with the converted network. Exit code 4 where they differ.
+
+    [bold]Examples[/]
+
+        gnswap validate resnet50-gn.onnx resnet50-gn --provider cpu
+
+        gnswap validate resnet50-gn.onnx resnet50-gn --provider tensorrt --images photos/ --json
+    """
+    network = _load(directory, model)
+    inputs: Any = _example(network, input_shape)
+    if images is not None:
+        inputs = next(iter(PhotoBatches(images, network, batch_size=16, limit=16, skip_unreadable=True)))
+    with _cli_output.step(f"running {file} on {provider}"), _cli_output.warnings_as_notes():
+        parity = gnswap.validate_onnx(file, network, inputs, provider=provider)
+    _cli_output.result(parity.to_dict(), _cli_tables.record_view(parity, f"{file} against {directory}"), as_json)
+    if not parity.passed:
+        _cli_output.stderr().print("[bold red]parity failed[/]")
+        raise typer.Exit(EXIT_PARITY_FAILED)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the converted network and the ONNX files go.")
+    ] = Path("gnswap-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """The whole way on a real network: EfficientNet-Lite0, real photos, about a minute on two cores.
+
+    Inspects, converts without any data, compares with the two swaps that everybody tries first, saves, loads,
+    exports, runs in onnxruntime, and prints parity and speed. Needs: pip install 'gnswap[demo]'
+
+    [bold]Examples[/]
+
+        gnswap demo
+
+        gnswap demo --out /tmp/demo --json
+    """
+    from gnswap import _demo
+
+    with _cli_output.warnings_as_notes():
+        report = _demo.run(out, _cli_output.step)
+    _cli_output.result(report.to_dict(), _demo.view(report), as_json)
+    if not report.parity.passed:
+        raise typer.Exit(EXIT_PARITY_FAILED)
+
+
+def _load(directory: Path, model: str | None) -> nn.Module:
+    with _cli_output.step(f"loading {directory}"):
+        source = saved_source(directory)
+        if model is None and source is not None and source.kind == "factory":
+            raise ArgumentError(
+                "code that a file names is not run by itself",
+                where=str(directory),
+                found=f"built by {source}",
+                fix=f"Say that it is fine: --model {source}",
+            )
+        network = gnswap.load(directory, None if model is None else _cli_models.build_model(model))
+    return network.eval()
+
+
+def _example(network: nn.Module, shape: str | None) -> Tensor:
+    import torch
+
+    if shape is not None:
+        if not all(part.isdecimal() and int(part) for part in shape.split("x")):
+            raise typer.BadParameter(f"{shape!r} is no shape such as 3x224x224", param_hint="--input")
+        size = tuple(map(int, shape.split("x")))
+    else:
+        config = getattr(network, "pretrained_cfg", None) or {}
+        if "input_size" not in config:
+            raise CalibrationError("it is not known what inputs this network takes", fix="Give --input, as 3x224x224.")
+        size = tuple(config["input_size"])
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _number(option: str, text: str, kind: type[int] | type[float]) -> int | float | str:
+    if text == "auto":
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        word = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"{text!r} is neither auto nor {word}", param_hint=option) from None
