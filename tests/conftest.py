@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+
+from gnswap import _samples
+from gnswap._photos import PhotoBatches
 
 # The machine that runs CI is shared and slow at times: time limits would fail for the wrong reason.
 settings.register_profile("gnswap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gnswap")
+
+
+@pytest.fixture(scope="session")
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its real weights; shared, so a test that changes it works on a deepcopy."""
+    return _samples.lite0()
+
+
+@pytest.fixture(scope="session")
+def sample_labels() -> Tensor:
+    """The ImageNet class of each sample photo, int64 `[N]`; -1 where it is not known."""
+    return torch.tensor([-1 if photo.label is None else photo.label for photo in _samples.sample_photos(size=32)])
+
+
+@pytest.fixture(scope="session")
+def sample_batch(lite0: nn.Module) -> Tensor:
+    """All sample photos, prepared for Lite0: `[N, 3, 224, 224]`."""
+    images = [photo.image for photo in _samples.sample_photos()]
+    return torch.cat(list(PhotoBatches(images, lite0)))
