@@ -77,6 +77,24 @@ class Inventory(Record):
         """The sites that nothing stands against."""
         return tuple(site for site in self.sites if site.refusal is None)
 
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.sites)} BatchNorm layers, {len(self.swappable)} can be swapped"]
+        for site in self.sites:
+            traits = [f"{site.num_channels} channels", f"eps {site.eps:g}"]
+            words = {
+                "frozen": site.frozen,
+                f"act {site.act}": site.act is not None,
+                "no gamma": not site.affine,
+                "no beta": site.affine and not site.bias,
+                "no running statistics": not site.running_stats,
+            }
+            traits += [word for word, holds in words.items() if holds]
+            names, kind = " = ".join(path or "(root)" for path in site.paths), site.norm_type.rpartition(".")[2]
+            lines.append(f"  {names}: {kind}, {', '.join(traits)}")
+            if site.refusal is not None:
+                lines.append(f"    kept: {site.refusal}")
+        return "\n".join((*lines, *(f"  left alone: {other}" for other in self.left_alone), *self.notes))
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision(Record):

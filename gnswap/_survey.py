@@ -177,7 +177,7 @@ def _functional_notes(unique: Iterable[tuple[str, nn.Module]]) -> list[str]:
 
 def _attribute_notes(norms: Iterable[tuple[tuple[str, ...], nn.Module]]) -> list[str]:
     return [
-        f"{_shown(paths[0])}: somebody put attributes on this layer: {', '.join(names)}"
+        f"{_shown(paths[0])}: attributes put on it from outside go with it in a swap: {', '.join(names)}"
         for paths, module in norms
         if (names := foreign_attributes(module))
     ]

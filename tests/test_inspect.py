@@ -14,8 +14,10 @@ from _models import ZOO, AliasedNorms, SharedBlock, build, frozen_affine, same_s
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import Tensor, nn
 
+from gnswap._apply import apply
 from gnswap._errors import ArgumentError, WrappedModelError
 from gnswap._inspect import inspect
+from gnswap._plan import plan
 from gnswap._records import Inventory
 from gnswap._sites import fingerprint
 
@@ -89,6 +91,29 @@ def test_inventory_is_plain_data() -> None:
     inventory = inspect(AliasedNorms())
     assert Inventory.from_json(inventory.to_json()) == inventory
     assert inventory.model.endswith("AliasedNorms")
+
+
+def test_inventory_prints_as_text() -> None:
+    model = nn.ModuleDict(
+        {"a": timm.layers.BatchNormAct2d(8, affine=False), "b": nn.LazyBatchNorm2d(), "c": nn.LayerNorm(8)}
+    )
+    model["d"] = model["a"]
+    assert str(inspect(model)).splitlines() == [
+        "torch.nn.modules.container.ModuleDict: 2 BatchNorm layers, 1 can be swapped",
+        "  a = d: BatchNormAct2d, 8 channels, eps 1e-05, act ReLU, no gamma",
+        "  b: LazyBatchNorm2d, 0 channels, eps 1e-05",
+        "    kept: not initialised: run one input through the model first",
+        "  left alone: c: LayerNorm",
+    ]
+
+
+def test_a_converted_model_has_nothing_left_to_swap() -> None:
+    model = small_cnn()
+    converted = apply(model, plan(model))
+    inventory = inspect(converted)
+    assert inventory.sites == ()
+    assert inventory.left_alone == ("1: FusedGroupNorm", "4: FusedGroupNorm")
+    assert inventory.notes == (), "the shell that a layer keeps for revert is no norm held outside the tree"
 
 
 def test_pitfall_6_the_root_itself() -> None:
@@ -272,7 +297,7 @@ def test_a_parent_that_reads_running_statistics_keeps_its_norm() -> None:
 def test_pitfall_16_foreign_attributes_are_noted() -> None:
     model = small_cnn()
     model[1].lr_scale = 0.1
-    assert inspect(model).notes == ("1: somebody put attributes on this layer: lr_scale",)
+    assert inspect(model).notes == ("1: attributes put on it from outside go with it in a swap: lr_scale",)
 
 
 def test_pitfall_12_wrapped_models() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import gnswap
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "matplotlib", "torchvision", "typer")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "matplotlib", "torchvision", "timm", "typer")
 
 
 def test_all_is_sorted_and_complete() -> None:
