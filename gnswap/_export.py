@@ -9,13 +9,13 @@ InstanceNormalization form of opset 18 keeps 2e-5 and has kernels everywhere.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def export_onnx(
     if not path.parent.is_dir():
         raise ArgumentError("no such folder", where="path", found=str(path.parent))
     plain, norms = lowered(model, dtype)
-    inputs = _checked_inputs(example_input, plain, dtype)
+    inputs = _checked_inputs(example_input, dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             example_output = plain(*inputs)
@@ -269,9 +269,7 @@ def _check_options(target: str, dtype: torch.dtype | None, opset: int) -> None:
         )
 
 
-def _checked_inputs(
-    example: Tensor | Sequence[Tensor], model: nn.Module, dtype: torch.dtype | None
-) -> list[Tensor]:
+def _checked_inputs(example: Tensor | Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
     inputs = [example] if isinstance(example, Tensor) else list(example)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         raise ArgumentError(
@@ -282,17 +280,14 @@ def _checked_inputs(
         )
     if any(value.numel() == 0 for value in inputs):
         raise ArgumentError("an empty example input", where="example_input", expected="at least one element")
-    del model
     return [value.detach().to("cpu", dtype if value.is_floating_point() else None) for value in inputs]
 
 
 def _input_names(model: nn.Module, count: int) -> list[str]:
     """ "input" where there is one, else the names in forward's signature."""
-    import inspect
-
     if count == 1:
         return ["input"]
-    names = []
+    names: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{number}" for number in range(count - len(names))]
@@ -303,9 +298,7 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
 
 def _output_names(output: Any) -> list[str]:
     """ "output" where there is one, keys of a dict, and "output_0", "output_1" of a tuple."""
-    leaves = [
-        (path, leaf) for path, leaf in torch.utils._pytree.tree_flatten_with_path(output)[0] if leaf is not None
-    ]
+    leaves = [(path, leaf) for path, leaf in torch.utils._pytree.tree_flatten_with_path(output)[0] if leaf is not None]
     if not leaves or not all(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise ExportError(
             "the model's output is not made of tensors",
@@ -339,6 +332,7 @@ def _translate(traced: _trace.Traced, input_names: list[str], output_names: list
             found=" ".join(str(error.__cause__ or error).split())[:400],
             fix="An operator without an ONNX form has to be replaced in the model.",
         ) from error
+    assert program is not None  # it is None only for the old exporter
     proto = program.model_proto
     if proto.ByteSize() > _MAX_BYTES:
         raise ExportError("the network is larger than one ONNX file can be", expected="under 2 GiB")
@@ -360,20 +354,17 @@ def _target_notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp: its mode 0600 would stay
     try:
-        with os.fdopen(handle, "wb") as file:
+        with fresh.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)  # mkstemp's 0600 is for secrets
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+        fresh.replace(path)
+    except OSError as error:
+        raise ExportError("the file cannot be written", where=str(path), found=str(error)) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _endpoint(value: Any) -> Endpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +49,10 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch: bool, dy
     batch = inputs[0].shape[0] if inputs[0].dim() else 0
     batched = [value.dim() > 0 and value.shape[0] == batch for value in inputs]
     if dynamic_batch and batch == 1:
-        inputs = [torch.cat([value, value]) if is_batched else value for value, is_batched in zip(inputs, batched)]
+        inputs = [
+            torch.cat([value, value]) if is_batched else value
+            for value, is_batched in zip(inputs, batched, strict=True)
+        ]
     batch_axes = [{0: "batch"} if dynamic_batch and is_batched else {} for is_batched in batched]
     size_axes = [
         axes | {number + 2: name for number, name in enumerate(SIZE_NAMES.get(value.dim(), ()))}
@@ -95,8 +99,6 @@ def _export(model: nn.Module, inputs: Sequence[Tensor], axes: list[dict[int, str
 
 def _by_argument(model: nn.Module, shapes: list[Any]) -> Any:
     """The shapes in the nesting of forward's signature: `*args` wants one tuple of them."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     for number, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL and number < len(shapes):
@@ -111,7 +113,10 @@ def _wrong_at_other_sizes(
     tried = 0
     for height, width in ((1, 0), (0, 1), (32, 32), (33, 65)):
         grow = {"height": height, "width": width, "length": height + width, "depth": height % 32}
-        others = [_grown(value, [(axis, grow.get(name, 0)) for axis, name in one.items()]) for value, one in zip(inputs, axes)]
+        others = [
+            _grown(value, [(axis, grow.get(name, 0)) for axis, name in one.items()])
+            for value, one in zip(inputs, axes, strict=True)
+        ]
         with torch.no_grad():
             try:
                 expected = model(*others)
@@ -152,5 +157,7 @@ def quiet() -> Iterator[None]:
     """Hide the warnings of torch's exporter about its own internals, and no others."""
     with warnings.catch_warnings():
         # copyreg-based tree specs inside torch.export and onnxscript; nothing a user can act on
-        warnings.filterwarnings("ignore", message=r".*(isinstance\(treespec, LeafSpec\)|LeafSpec).*", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r".*(isinstance\(treespec, LeafSpec\)|LeafSpec).*", category=FutureWarning
+        )
         yield

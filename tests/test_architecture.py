@@ -22,12 +22,28 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_policy",
             "_directory",
             "_saved",
+            "_trace",
+            "_onnx_graph",
+            "_providers",
         }
     ),
     frozenset({"ops._cpu"}),
     frozenset({"ops._op", "ops"}),
     frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}),
-    frozenset({"_inspect", "_plan", "_apply", "_revert", "_fidelity", "_export", "_validate", "_source", "_weights"}),
+    frozenset(
+        {
+            "_inspect",
+            "_plan",
+            "_apply",
+            "_revert",
+            "_fidelity",
+            "_export",
+            "_validate",
+            "_timing",
+            "_source",
+            "_weights",
+        }
+    ),
     frozenset(
         {"_convert", "_store", "_samples", "_photos", "_baselines"} | {"_cli_models", "_cli_output", "_cli_tables"}
     ),
