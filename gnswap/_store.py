@@ -101,6 +101,7 @@ def save(
             frozen=tuple(name for name, p in held.named_parameters(remove_duplicate=False) if not p.requires_grad),
         )
         (fresh / PLAN_FILE).write_text(_on_few_lines(saved.to_json()) + "\n", encoding="utf-8")
+        (fresh / WEIGHTS_FILE).chmod((fresh / PLAN_FILE).stat().st_mode)  # safetensors makes it private
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -119,7 +119,11 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Raises `StoreError` on a dtype that the format does not have."""
+    """Write a safetensors file. With one entry of metadata, the same content gives the same bytes.
+
+    Raises:
+        StoreError: a dtype that the format does not have.
+    """
     # clone: safetensors refuses tensors that share memory, such as views into one flat buffer
     shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     data = {
@@ -129,7 +133,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         for name, tensor in tensors.items()
     }
     try:
-        save_file(data, path, metadata={"format": "pt", **metadata})
+        save_file(data, path, metadata=metadata)
     except (SafetensorError, ValueError, KeyError) as error:
         raise StoreError("safetensors cannot hold these tensors", where=str(path), found=str(error)) from error
 
