@@ -202,8 +202,9 @@ def _warn_of_changed_groups(changed: Sequence[_Choice]) -> None:
         return
     shown = ", ".join(f"{choice.decision.name} ({choice.decision.num_groups})" for choice in changed[:4])
     more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+    count = "1 layer" if len(changed) == 1 else f"{len(changed)} layers"
     warnings.warn(
-        f"{len(changed)} layers got another number of groups than was asked for: {shown}{more}. "
+        f"{count} got another number of groups than was asked for: {shown}{more}. "
         "The reason stands in each decision of the plan.",
         UserWarning,
         stacklevel=3,
