@@ -1,3 +1,77 @@
-"""gnswap (the public list is put in place by the lead once all verbs have landed)."""
+"""gnswap: swap BatchNorm for GroupNorm in pretrained networks and keep what they know.
+
+The one list of what is public. The verbs follow the way through: `inspect` → `plan` → `apply` (all three in one
+call: `convert`) → your own training or `save`/`load` → `export_onnx` → `validate_onnx`; `revert` goes back.
+"""
+
+from gnswap import ops
+from gnswap._apply import apply
+from gnswap._convert import Conversion, ConversionReport, convert
+from gnswap._errors import (
+    ArgumentError,
+    CalibrationError,
+    ExportError,
+    GnswapError,
+    MissingDependencyError,
+    ModelError,
+    NothingToSwapError,
+    PlanError,
+    PlanMismatchError,
+    ProviderError,
+    RevertError,
+    StoreError,
+    ValidationError,
+    WrappedModelError,
+)
+from gnswap._export import ExportReport, export_onnx
+from gnswap._fidelity import Fidelity, compare
+from gnswap._inspect import inspect
+from gnswap._layer import FusedGroupNorm
+from gnswap._norms import NormState, register_norm
+from gnswap._plan import plan
+from gnswap._records import Decision, Inventory, Plan, Site
+from gnswap._revert import revert
+from gnswap._store import load, save
+from gnswap._validate import Parity, validate_onnx
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "CalibrationError",
+    "Conversion",
+    "ConversionReport",
+    "Decision",
+    "ExportError",
+    "ExportReport",
+    "Fidelity",
+    "FusedGroupNorm",
+    "GnswapError",
+    "Inventory",
+    "MissingDependencyError",
+    "ModelError",
+    "NormState",
+    "NothingToSwapError",
+    "Parity",
+    "Plan",
+    "PlanError",
+    "PlanMismatchError",
+    "ProviderError",
+    "RevertError",
+    "Site",
+    "StoreError",
+    "ValidationError",
+    "WrappedModelError",
+    "apply",
+    "compare",
+    "convert",
+    "export_onnx",
+    "inspect",
+    "load",
+    "ops",
+    "plan",
+    "register_norm",
+    "revert",
+    "save",
+    "validate_onnx",
+]
