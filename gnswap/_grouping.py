@@ -10,6 +10,9 @@ from __future__ import annotations
 MIN_GROUP_SIZE = 4
 """Channels that a group has at least, unless the layer has fewer or a person insists."""
 
+AUTO_GROUP_SIZE = 64
+"""Channels that a group has at least where `auto_groups` makes more than one."""
+
 
 def valid_groups(num_channels: int) -> tuple[int, ...]:
     """The numbers of groups that divide C and leave `MIN_GROUP_SIZE` channels in each; 1 is always there.
@@ -60,16 +63,29 @@ def nearest_group_size(num_channels: int, group_size: int) -> tuple[int, str | N
 
 
 def auto_groups(num_channels: int) -> int:
-    """The number of groups that `groups="auto"` gives where no photos choose: large groups, more of them with width.
+    """What `groups="auto"` gives where no photos choose: two groups if each has `AUTO_GROUP_SIZE` channels, or one.
 
-    TODO-evidence
+    Large groups fluctuate little from sample to sample, so they change a pretrained network least; splitting a wide
+    layer in two costs nothing measurable. EfficientNet-Lite0 / -Lite1, ImageNet weights, no data used, softness 0,
+    top-1 agreement with the original (and mean KL, in nats) on 288 / 144 real photos:
+
+    ========================  ===========  ===========
+    groups                    Lite0        Lite1
+    ========================  ===========  ===========
+    32 groups                 .420 (1.52)  .479 (1.23)
+    8 groups                  .573 (.868)  .576 (.778)
+    groups of 32              .625 (.719)  .660 (.660)
+    groups of 64              .677 (.486)  .688 (.543)
+    at most 4, of 64 or more  .722 (.420)  .729 (.540)
+    at most 2, of 64 or more  .740 (.399)  .736 (.524)
+    1 group                   .726 (.385)  .722 (.526)
+    ========================  ===========  ===========
 
     Example:
-        >>> [auto_groups(channels) for channels in (16, 96, 320, 1280)]
-        [1, 1, 4, 4]
+        >>> [auto_groups(channels) for channels in (16, 96, 129, 320)]
+        [1, 1, 1, 2]
     """
-    least = max(64, num_channels / 4)
-    return max(groups for groups in valid_groups(num_channels) if groups == 1 or num_channels / groups >= least)
+    return 2 if num_channels % 2 == 0 and num_channels >= 2 * AUTO_GROUP_SIZE else 1
 
 
 def _changed(num_channels: int, asked: str, same: bool, groups: int) -> str | None:

@@ -48,7 +48,7 @@ def plan(
 
     Args:
         model: any network with BatchNorm.
-        groups: G for every layer, or "auto" (`gnswap._grouping.auto_groups`).
+        groups: G for every layer, or "auto": two where each then has 64 channels or more, else one.
         group_size: D for every layer, instead of `groups`.
         softness: added to each group's variance, which is about 1. 0 is pure GroupNorm, 1 halves what GroupNorm
             adds in fluctuation, infinity would be a frozen BatchNorm. "auto" is 1.0 without photos, within

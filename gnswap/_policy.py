@@ -15,7 +15,12 @@ from gnswap._errors import ArgumentError, PlanError
 from gnswap._records import Site, matches
 
 DEFAULT_SOFTNESS = 1.0
-"""softness="auto" without photos, as far as `max_softness` allows it."""
+"""softness="auto" without photos, as far as `max_softness` allows it.
+
+Why the most that the default bound allows: agreement with the original (and KL) get better all the way. At softness 0,
+0.3 and 1, at most 4 groups of at least 64 channels, 144 real photos: EfficientNet-Lite0 .715 (.390), .722 (.364),
+.743 (.335); -Lite1 .729 (.540), .757 (.451), .757 (.394).
+"""
 
 _OVERRIDE_KEYS = ("groups", "group_size", "softness", "action")
 

@@ -9,13 +9,10 @@ import torch
 from _models import ZOO, build, same_state, small_cnn
 from torch import Tensor, nn
 
-from gnswap import _samples
-from gnswap._baselines import naive_group_norm
 from gnswap._convert import Conversion, ConversionReport, convert
 from gnswap._errors import ArgumentError, CalibrationError, NothingToSwapError
 from gnswap._fidelity import compare
 from gnswap._layer import FusedGroupNorm
-from gnswap._photos import PhotoBatches
 from gnswap._plan import plan
 from gnswap._sites import find_norms
 
@@ -94,18 +91,3 @@ def test_a_network_inside_another_is_converted_once() -> None:
     converted = convert(outer)
     assert converted.report.swapped == 1
     assert isinstance(converted.model["neck"], FusedGroupNorm)
-
-
-@pytest.mark.filterwarnings("ignore:3 layers got another number of groups:UserWarning")  # 16 and 24 channels
-def test_lite0_keeps_its_answers() -> None:
-    """Real weights, real photos, no data used; the figures on all photos stand at `auto_groups`."""
-    model = _samples.lite0()
-    photos = PhotoBatches([photo.image for photo in _samples.sample_photos()[:12]], model, batch_size=6)
-    eight_groups = convert(model, groups=8, softness=0).model
-    by_default = convert(model).model
-    naive = naive_group_norm(model, 8)
-    results = [compare(model, converted, photos, layers=False) for converted in (by_default, eight_groups, naive)]
-    assert results[0].sure >= 8
-    assert results[0].agreement_sure > 0.9
-    assert results[1].agreement_sure > 0.6
-    assert results[2].agreement_sure == 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gnswap._grouping import MIN_GROUP_SIZE, auto_groups, nearest_group_size, nearest_groups, valid_groups
+from gnswap._grouping import AUTO_GROUP_SIZE, MIN_GROUP_SIZE, auto_groups, nearest_group_size, nearest_groups, valid_groups
 
 channels = st.integers(1, 4096)
 counts = st.integers(1, 5000)
@@ -39,9 +39,9 @@ def test_nearest_group_size(c: int, asked: int) -> None:
 
 
 @given(channels)
-def test_auto_is_valid_and_grows_with_width(c: int) -> None:
+def test_auto_is_valid_and_its_groups_are_large(c: int) -> None:
     assert auto_groups(c) in valid_groups(c)
-    assert c // auto_groups(c) >= min(c, 64)
+    assert c // auto_groups(c) >= min(c, AUTO_GROUP_SIZE)
 
 
 @given(channels.filter(lambda c: c > 1), counts)
