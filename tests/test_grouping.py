@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gnswap._grouping import AUTO_GROUP_SIZE, MIN_GROUP_SIZE, auto_groups, nearest_group_size, nearest_groups, valid_groups
+from gnswap._grouping import (
+    AUTO_GROUP_SIZE,
+    MIN_GROUP_SIZE,
+    auto_groups,
+    nearest_group_size,
+    nearest_groups,
+    valid_groups,
+)
 
 channels = st.integers(1, 4096)
 counts = st.integers(1, 5000)
