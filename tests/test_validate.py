@@ -1,0 +1,335 @@
+"""validate_onnx, its providers and its clock: it passes what is right, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import statistics
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from _models import randomise_norms, small_cnn
+from torch import Tensor, nn
+
+from gnswap import _providers, _validate
+from gnswap._apply import apply
+from gnswap._errors import ArgumentError, MissingDependencyError, ProviderError, ValidationError, WrappedModelError
+from gnswap._export import export_onnx
+from gnswap._plan import plan
+from gnswap._timing import compare_speed, time_onnx
+from gnswap._validate import Parity, validate_onnx
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a CUDA device")
+
+
+class TwoHeads(nn.Module):
+    """Two inputs; logits, a map and integers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = randomise_norms(small_cnn())
+
+    def forward(self, image: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        logits = self.body(image) + shift
+        return {"logits": logits, "map": self.body[:3](image), "label": logits.argmax(1)}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    network = TwoHeads()
+    return apply(network, plan(network, groups=4)).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, 3, 12, 10, generator=generator), torch.randn(2, 5, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Path:
+    file = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    export_onnx(model, file, inputs)
+    return file
+
+
+@pytest.fixture(scope="module")
+def parity(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Parity:
+    return validate_onnx(path, model, inputs, provider="cpu")
+
+
+# what passes
+
+
+def test_every_output_at_several_batches_and_sizes(parity: Parity) -> None:
+    assert parity.passed
+    assert {row.name for row in parity.outputs} == {"logits", "map", "label"}
+    shapes = {row.input_shapes[0] for row in parity.outputs}
+    assert {"2x3x12x10", "1x3x12x10", "5x3x12x10"} < shapes
+    assert len(shapes) == 4  # and one more height and width
+    assert 0 < parity.worst.relative_error < 1e-5
+    assert Parity.from_json(parity.to_json()) == parity
+
+
+def test_only_logits_have_a_top1_agreement(parity: Parity) -> None:
+    agreements = {row.name: row.top1_agreement for row in parity.outputs}
+    assert agreements == {"logits": 1.0, "map": None, "label": None}
+
+
+def test_the_model_is_given_back_as_it_was(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    network = copy.deepcopy(model).train()
+    network.body[0].eval()
+    flags = [module.training for module in network.modules()]
+    assert validate_onnx(path, network, [inputs], provider="cpu", more_shapes=False).passed
+    assert [module.training for module in network.modules()] == flags
+
+
+def test_a_size_that_the_model_refuses_is_noted(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    network = copy.deepcopy(model)
+    forward = network.forward
+
+    def picky(image: Tensor, shift: Tensor) -> Any:
+        if image.shape[2] != 12:
+            raise RuntimeError("size")
+        return forward(image, shift)
+
+    network.forward = picky
+    report = validate_onnx(path, network, inputs, provider="cpu")
+    assert report.passed
+    assert len(report.notes) == 1
+    assert "model itself raises RuntimeError" in report.notes[0]
+
+
+# what does not pass
+
+
+def tampered(path: Path, folder: Path, name: str, change: float) -> Path:
+    proto = onnx.load(path)
+    tensor = next(one for one in proto.graph.initializer if one.name == name)
+    data = onnx.numpy_helper.to_array(tensor) + np.float32(change)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(data, name))
+    onnx.save(proto, folder / "tampered.onnx")
+    return folder / "tampered.onnx"
+
+
+def test_a_tampered_file_fails(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    file = tampered(path, tmp_path, "body.8.weight", 1e-3)
+    report = validate_onnx(file, model, inputs, provider="cpu")
+    assert not report.passed
+    assert {row.name for row in report.outputs if not row.passed} >= {"logits"}
+    assert all(row.passed for row in report.outputs if row.name == "map")
+
+
+def test_nan_never_passes(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    file = tampered(path, tmp_path, "body.8.bias", math.nan)
+    report = validate_onnx(file, model, inputs, provider="cpu", tolerance=1e30)
+    assert not report.passed
+    assert report.worst.max_error == math.inf
+    assert Parity.from_json(report.to_json()) == report
+
+
+def test_a_model_that_is_not_finite_cannot_judge(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    network = copy.deepcopy(model)
+    with torch.no_grad():
+        network.body[8].bias[0] = math.nan
+    with pytest.raises(ValidationError, match=r"own output is not finite.*logits"):
+        validate_onnx(path, network, inputs, provider="cpu")
+
+
+def test_another_model_fails_or_is_refused(path: Path, inputs: tuple[Tensor, Tensor]) -> None:
+    class OneHead(TwoHeads):
+        def forward(self, image: Tensor, shift: Tensor) -> Any:
+            return super().forward(image, shift)["logits"]
+
+    class Transposed(TwoHeads):
+        def forward(self, image: Tensor, shift: Tensor) -> Any:
+            return {
+                name: value.mT if value.dim() > 1 else value for name, value in super().forward(image, shift).items()
+            }
+
+    assert not validate_onnx(path, TwoHeads(), inputs, provider="cpu").passed
+    with pytest.raises(ValidationError, match=r"different numbers of outputs.*expected 1 \(torch\), found 3"):
+        validate_onnx(path, OneHead(), inputs, provider="cpu")
+    with pytest.raises(ValidationError, match=r"different shapes.*logits.*expected \(5, 2\)"):
+        validate_onnx(path, Transposed(), inputs, provider="cpu")
+
+
+def test_no_rows_are_no_pass(parity: Parity) -> None:
+    empty = Parity(parity.path, "cpu", 1e-4, (), (), {})
+    assert not empty.passed
+
+
+def test_an_error_is_measured_against_the_largest_output() -> None:
+    case = (torch.ones(1, 2),)
+    row = _validate._row("y", case, torch.tensor([[100.0, 0.5]]), torch.tensor([[100.0, 0.0]]), 1e-2)
+    assert (row.max_error, row.scale, row.relative_error, row.passed) == (0.5, 100.0, 0.005, True)
+    assert not _validate._row("y", case, torch.tensor([0.5]), torch.tensor([0.0]), 1e-2).passed
+    assert not _validate._row("y", case, torch.tensor([3]), torch.tensor([4]), 1e2).passed  # integers: equal
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ([], "no inputs"),
+        ((), "no inputs"),
+        ([()], "not a batch of inputs.*empty tuple"),
+        ((torch.ones(0, 3, 12, 10), torch.ones(0, 5)), r"not a batch.*Tensor \(0, 3, 12, 10\)"),
+        ([("a", "b")], "not a batch of inputs.*found str"),
+        (torch.ones(2, 3, 12, 10), r"wrong number of inputs.*expected 2 \(image, shift\), found 1"),
+        ((torch.ones(2, 4, 12, 10), torch.ones(2, 5)), "image.*batchx3xheightxwidth, found 2x4x12x10"),
+        ((torch.ones(2, 3, 12), torch.ones(2, 5)), "does not take this shape.*found 2x3x12"),
+        ((torch.ones(2, 3, 12, 10), torch.ones(2, 5).double()), "does not take this dtype.*shift.*float64"),
+    ],
+)
+def test_bad_inputs_are_refused(path: Path, model: nn.Module, bad: Any, match: str) -> None:
+    with pytest.raises(ArgumentError, match=match):
+        validate_onnx(path, model, bad, provider="cpu")
+
+
+def test_inputs_that_do_not_belong_together(path: Path) -> None:
+    mixed = (torch.ones(2, 3, 12, 10), torch.ones(3, 5))
+    with pytest.raises(ValidationError, match="onnxruntime fails on an input"):
+        _providers.run(_providers.open_session(path, "cpu"), mixed)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, math.nan, math.inf])
+def test_a_tolerance_that_decides_nothing(path: Path, model: nn.Module, tolerance: float) -> None:
+    with pytest.raises(ArgumentError, match="tolerance out of range"):
+        validate_onnx(path, model, torch.ones(1), provider="cpu", tolerance=tolerance)
+
+
+def test_files_and_models_that_are_none(path: Path, model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="no such file"):
+        validate_onnx(tmp_path / "none.onnx", model, torch.ones(1), provider="cpu")
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValidationError, match=r"onnxruntime cannot run the file.*cut.onnx"):
+        validate_onnx(tmp_path / "cut.onnx", model, torch.ones(1), provider="cpu")
+    with pytest.raises(WrappedModelError, match="DataParallel"):
+        validate_onnx(path, nn.DataParallel(model), torch.ones(1), provider="cpu")
+
+
+# providers
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(("provider", "library"), [("cuda", "libcu"), ("tensorrt", "libnvinfer.so")])
+def test_pitfall_42_a_provider_that_cannot_run_is_an_error_that_says_what_is_missing(
+    path: Path,
+    model: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    capfd: pytest.CaptureFixture[str],
+    provider: str,
+    library: str,
+) -> None:
+    with pytest.raises(ProviderError, match=f"'{provider}' does not run on this machine.*missing libraries.*{library}"):
+        validate_onnx(path, model, inputs, provider=provider)
+    heard = capfd.readouterr()
+    assert heard.out == heard.err == ""
+
+
+def assignment(**nodes: list[str]) -> list[Any]:
+    def part(provider: str, names: list[str]) -> Any:
+        listed = [types.SimpleNamespace(name=name, op_type="Shape", domain="") for name in names]
+        return types.SimpleNamespace(ep_name=provider, get_nodes=lambda: listed)
+
+    return [part(provider, names) for provider, names in nodes.items()]
+
+
+def test_pitfall_42_one_node_on_the_cpu_is_an_error_that_names_it() -> None:
+    _providers.require_placement(assignment(CUDAExecutionProvider=["a", "b"]), "CUDAExecutionProvider")
+    mixed = assignment(CUDAExecutionProvider=["a", "b"], CPUExecutionProvider=["bn1/Shape"])
+    with pytest.raises(ProviderError, match=r"1 nodes would not run.*bn1/Shape \(Shape\) on CPUExecutionProvider"):
+        _providers.require_placement(mixed, "CUDAExecutionProvider")
+    many = assignment(CPUExecutionProvider=[f"n{number}" for number in range(14)])
+    with pytest.raises(ProviderError, match=r"14 nodes.*and 4 more"):
+        _providers.require_placement(many, "CUDAExecutionProvider")
+
+
+def test_pitfall_42_no_assignment_proves_nothing() -> None:
+    with pytest.raises(ProviderError, match="did not say where"):
+        _providers.require_placement([], "CUDAExecutionProvider")
+
+
+def test_pitfall_42_a_session_that_moved_elsewhere_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = types.SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(_providers, "_construct", lambda *_arguments: session)
+    monkeypatch.setattr(_providers, "missing_libraries", lambda _provider: ())
+    with pytest.raises(ProviderError, match="the session runs on CPUExecutionProvider"):
+        _providers.open_session(path, "cuda")
+
+
+def test_pitfall_42_a_refused_fallback_names_the_nodes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime refuses without a name; the nodes come from a second session that is never run."""
+    loose = types.SimpleNamespace(
+        get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        get_provider_graph_assignment_info=lambda: assignment(
+            CUDAExecutionProvider=["a"], CPUExecutionProvider=["odd"]
+        ),
+    )
+
+    def construct(_runtime: Any, _path: Any, _wanted: str, options: dict[str, str], _threads: Any = None) -> Any:
+        if "session.disable_cpu_ep_fallback" in options:
+            raise RuntimeError("fallback to CPU EP has been explicitly disabled")
+        return loose
+
+    monkeypatch.setattr(_providers, "_construct", construct)
+    with pytest.raises(ProviderError, match=r"1 nodes would not run.*odd"):
+        _providers.open_session(path, "cuda")
+
+
+def test_unknown_providers_and_builds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match=r"unknown provider.*cpu, cuda, tensorrt.*'gpu'"):
+        _providers.open_session(path, "gpu")
+    runtime = types.SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(_providers, "require_onnxruntime", lambda: runtime)
+    with pytest.raises(ProviderError, match=r"this build of onnxruntime has no CUDA.*pip install onnxruntime-gpu"):
+        _providers.open_session(path, "cuda")
+
+
+def test_a_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'gnswap\[onnx\]'"):
+        _providers.open_session(path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_file_runs_on_cuda_alone(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    assert validate_onnx(path, model, inputs, provider="cuda").passed
+    assert time_onnx(path, inputs, provider="cuda", seconds=0.2).images_per_second > 0
+
+
+# speed
+
+
+def test_time_is_measured(path: Path, inputs: tuple[Tensor, Tensor]) -> None:
+    speed = time_onnx(path, inputs, provider="cpu", seconds=0.05, threads=1)
+    assert speed.batch == 2
+    assert speed.runs >= 5
+    assert 0 < speed.p50_ms <= speed.p90_ms
+    assert speed.images_per_second == pytest.approx(2e3 / speed.p50_ms)
+
+
+def test_a_file_is_as_fast_as_its_copy(path: Path, inputs: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    twin = Path(shutil.copy(path, tmp_path / "twin.onnx"))
+    ratios = [compare_speed(path, twin, inputs, provider="cpu", seconds=0.2, threads=1) for _ in range(3)]
+    assert all(one.low <= one.ratio <= one.high for one in ratios)
+    assert 0.5 < statistics.median(one.ratio for one in ratios) < 2
+
+
+def test_timing_takes_one_batch_that_fits(path: Path, inputs: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ArgumentError, match=r"timing takes one batch.*found 2"):
+        time_onnx(path, [inputs, inputs], provider="cpu")
+    with pytest.raises(ArgumentError, match="wrong number of inputs"):
+        time_onnx(path, inputs[0], provider="cpu")
