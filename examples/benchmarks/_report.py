@@ -1,0 +1,96 @@
+"""What the benchmarks share: rows that survive an interruption, and results that say how they were made."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """Rows in a JSON-lines file, one for each key: what is there is not measured again.
+
+    A line that was cut off by a kill is dropped; everything else of a row lies in its line.
+
+    Args:
+        path: the file; made with its folder where there is none.
+        fresh: forget what is there.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, Row] = {}
+        if fresh:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                self.rows[row["key"]] = row
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
+        fresh.replace(self.path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def add(self, key: str, row: Row) -> None:
+        """Store one row, at once."""
+        self.rows[key] = {"key": key, **row}
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[key]) + "\n")
+
+    def once(self, key: str, measure: Callable[[], Row]) -> None:
+        """Measure a row unless it is there."""
+        if key not in self.rows:
+            self.add(key, measure())
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """The command, the date, the machine and the versions behind a result."""
+    script = Path(sys.argv[0])
+    return {
+        "command": shlex.join(["python", f"examples/benchmarks/{script.name}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "timm", *packages)},
+        },
+    }
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; columns of figures stand right."""
+    figures = [all(row[index][:1].isdigit() or row[index] in ("", "–") for row in rows) for index in range(len(header))]
+    rule = ["--:" if right else "---" for right in figures]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
+
+
+def write(name: str, title: str, table: str, data: dict[str, Any]) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    versions = ", ".join(f"{package} {version}" for package, version in data["versions"].items())
+    text = f"# {title}\n\n{table}\n`{data['command']}` · {data['date']} · {data['machine']} · {versions}\n"
+    for suffix, content in ((".json", json.dumps(data, indent=2) + "\n"), (".md", text)):
+        fresh = RESULTS / f"{name}{suffix}.tmp"
+        fresh.write_text(content)
+        fresh.replace(RESULTS / f"{name}{suffix}")
+    print(text)
