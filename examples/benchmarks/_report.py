@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ class Rows:
         self.rows[key] = {"key": key, **row}
         with self.path.open("a") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
-
-    def once(self, key: str, measure: Callable[[], Row]) -> None:
-        """Measure a row unless it is there."""
-        if key not in self.rows:
-            self.add(key, measure())
 
 
 def environment(*packages: str) -> dict[str, Any]:

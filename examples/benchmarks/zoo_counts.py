@@ -65,7 +65,7 @@ def total(rows: list[dict[str, Any]], field: str) -> Counter[str]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The counts over all architectures."""
     failed = {row["key"]: f"{row['failed']}: {row['error']}" for row in rows if "failed" in row}
-    with_norms = [row for row in rows if row.get("types")]
+    with_norms = [row for row in rows if row.get("types")]  # a row that failed has none, and is listed as failed
     widths = total(with_norms, "widths")
     return {
         "architectures": len(rows),
@@ -84,7 +84,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ),
         "layers with a width that 32 does not divide": sum(n for width, n in widths.items() if int(width) % 32),
         "layers where groups=32 is impossible or leaves under 4 channels": sum(row["not_32"] for row in with_norms),
-        "smallest group of the default plan": min(row["smallest_group"] or 1 << 30 for row in with_norms),
+        "smallest group of the default plan": min(row["smallest_group"] for row in with_norms if row["swapped"]),
     }
 
 

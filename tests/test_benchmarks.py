@@ -1,0 +1,104 @@
+"""The benchmarks' own parts: the reader of Qt resources, rows that survive a kill, one architecture of the zoo."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark script the way its neighbours do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def qt_resource(files: dict[str, bytes], *, compress: bool, version: int = 3, flag: int = 0) -> bytes:
+    """A resource file with one folder, `activities/erase/resource`, as Qt's rcc would lay it out."""
+    folders = ["activities", "erase", "resource"]
+    names, offsets = b"", []
+    for name in [*folders, *files]:
+        offsets.append(len(names))
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    data, places = b"", []
+    for content in files.values():
+        stored = struct.pack(">I", len(content)) + zlib.compress(content) if compress else content
+        places.append(len(data))
+        data += struct.pack(">I", len(stored)) + stored
+    time = b"" if version == 1 else bytes(8)
+    tree = struct.pack(">IHII", 0, 2, 1, 1) + time
+    for index in range(len(folders)):
+        children = len(files) if index == len(folders) - 1 else 1
+        tree += struct.pack(">IHII", offsets[index], 2, children, index + 2) + time
+    for offset, place in zip(offsets[len(folders) :], places, strict=True):
+        tree += struct.pack(">IHHHI", offset, flag or int(compress), 0, 0, place) + time
+    start = 20 if version < 3 else 24
+    header = struct.pack(">4sIIII", b"qres", version, start, start + len(tree), start + len(tree) + len(data))
+    return header + bytes(start - 20) + tree + data + names
+
+
+def webp(side: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), "green").save(stream, "webp")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("compress", [False, True])
+def test_qt_resources_are_read(monkeypatch: pytest.MonkeyPatch, version: int, compress: bool) -> None:
+    files = {"a.webp": b"one", "Ünicode.txt": b"two" * 100}
+    found = dict(script("photos", monkeypatch).read_rcc(qt_resource(files, compress=compress, version=version)))
+    assert found == {f"activities/erase/resource/{name}": content for name, content in files.items()}
+
+
+def test_other_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = script("photos", monkeypatch)
+    with pytest.raises(ValueError, match="not a Qt resource file"):
+        list(photos.read_rcc(b"GIF89a"))
+    with pytest.raises(ValueError, match="compressed with zstd"):
+        list(photos.read_rcc(qt_resource({"a": b"x"}, compress=False, flag=photos.ZSTD)))
+
+
+def test_only_photos_are_unpacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {"cat.webp": webp(200), "icon.webp": webp(40), "sound.ogg": b"ogg"}
+    (tmp_path / "erase.rcc").write_bytes(qt_resource(files, compress=False))
+    (tmp_path / "chess.rcc").write_bytes(b"of another activity, never opened")
+    assert script("photos", monkeypatch).unpack(tmp_path, tmp_path / "photos") == 1
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["erase-cat.webp"]
+
+
+def test_rows_go_on_after_a_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report, path = script("_report", monkeypatch), tmp_path / "results" / "rows.jsonl"
+    report.Rows(path).add("first", {"value": 1})
+    with path.open("a") as file:
+        file.write('{"key": "second", "val')
+    rows = report.Rows(path)
+    assert "first" in rows
+    assert "second" not in rows
+    rows.add("second", {"value": 2})
+    assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [1, 2]
+    assert not report.Rows(path, fresh=True).rows
+
+
+def test_table_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = script("_report", monkeypatch).markdown_table(["name", "share"], [["naive", "0.000"], ["gnswap", "–"]])
+    assert table == "| name | share |\n| --- | --: |\n| naive | 0.000 |\n| gnswap | – |\n"
+
+
+def test_one_architecture_of_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = script("zoo_counts", monkeypatch)
+    rows = [{"key": name, **zoo.examine(name)[1]} for name in ("resnet18", "vit_tiny_patch16_224", "no_such_network")]
+    counts = zoo.summary(rows)
+    assert counts["architectures"] == 3
+    assert counts["with a BatchNorm of any kind"] == counts["inspected and planned"] == 1
+    assert counts["BatchNorm layers"] == counts["swapped"] == 20
+    assert "build: RuntimeError" in counts["failed"]["no_such_network"]
