@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,24 @@ from torch import Tensor, nn
 
 from gnswap import _baselines, _cli_tables, _samples
 from gnswap._convert import convert
-from gnswap._errors import MissingDependencyError, StoreError
+from gnswap._errors import StoreError
 from gnswap._export import export_onnx
 from gnswap._fidelity import Fidelity, compare
 from gnswap._inspect import inspect
+from gnswap._onnx_graph import require_onnx
 from gnswap._photos import PhotoBatches
+from gnswap._providers import require_onnxruntime
 from gnswap._record import Record
 from gnswap._revert import revert
 from gnswap._store import load, save
+from gnswap._timing import SpeedRatio, compare_speed
 from gnswap._validate import Parity, validate_onnx
 
 Step = Callable[[str], contextlib.AbstractContextManager[None]]
 
 _BATCH = 8
 _BATCH_SIZES = (1, 8)
-_ROUNDS = 7  # of each network in turn; the median counts, so that a busy machine hurts both alike
+_SECONDS = 4.0  # of timing for each batch size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +47,6 @@ class Method(Record):
 
     name: str
     fidelity: Fidelity
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed(Record):
-    """Milliseconds an image in onnxruntime on the CPU, median of several runs in turn."""
-
-    batch_size: int
-    batchnorm: float
-    groupnorm: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +60,7 @@ class DemoReport(Record):
         bit_equal_after_load: whether the saved and loaded network gives the same bits.
         reverts_exactly: whether `gnswap.revert` on the loaded network gives the original's weights bit for bit.
         parity: onnxruntime against the converted torch network.
-        speed: beside the BatchNorm original, exported in the same way.
+        speed: the converted network in turn with the BatchNorm original, exported in the same way.
         files: what was written, by what it is.
         seconds: how long it all took.
     """
@@ -78,7 +72,7 @@ class DemoReport(Record):
     bit_equal_after_load: bool
     reverts_exactly: bool
     parity: Parity
-    speed: tuple[Speed, ...]
+    speed: tuple[SpeedRatio, ...]
     files: dict[str, str]
     seconds: float
 
@@ -95,7 +89,8 @@ def run(out: Path, step: Step) -> DemoReport:
         StoreError: `out` cannot be written.
     """
     start = time.perf_counter()
-    onnxruntime = _require_onnxruntime()
+    require_onnx()  # late is a bad time to learn that it is missing
+    require_onnxruntime()
     _make_folder(out)
     saved, exported, original_onnx = out / "lite0-gn", out / "lite0-gn.onnx", out / "lite0-bn.onnx"
     with step("EfficientNet-Lite0 and the photos out of their packages"):
@@ -122,7 +117,9 @@ def run(out: Path, step: Step) -> DemoReport:
     with step("running it in onnxruntime"):
         parity = validate_onnx(exported, loaded, x, provider="cpu")
     with step("timing both in onnxruntime"):
-        speed = _speeds(onnxruntime, original_onnx, exported, x)
+        speed = tuple(
+            compare_speed(exported, original_onnx, x[:size], provider="cpu", seconds=_SECONDS) for size in _BATCH_SIZES
+        )
     return DemoReport(
         network="tf_efficientnet_lite0",
         norm_layers=len(inventory.sites),
@@ -139,7 +136,7 @@ def run(out: Path, step: Step) -> DemoReport:
 
 def view(report: DemoReport) -> RenderableType:
     """The report for a terminal."""
-    first = report.methods[0].fidelity
+    first, yes = report.methods[0].fidelity, {True: "yes", False: "[red]NO[/]"}
     rows = [
         (
             method.name,
@@ -152,17 +149,28 @@ def view(report: DemoReport) -> RenderableType:
     ]
     columns = ("same top-1", f"where sure ({first.sure})", "KL", f"accuracy ({first.labelled} labelled)")
     speed = [
-        (f"batch {s.batch_size}", f"{s.batchnorm:.1f}", f"{s.groupnorm:.1f}", f"{s.groupnorm / s.batchnorm:.2f}x")
-        for s in report.speed
+        (
+            f"batch {pair.subject.batch}",
+            *(f"{one.p50_ms / one.batch:.1f}" for one in (pair.baseline, pair.subject)),
+            f"{pair.ratio:.2f}x",
+        )
+        for pair in report.speed
     ]
-    yes = {True: "yes", False: "[red]NO[/]"}
+    parity = [
+        (one.input_shapes[0], f"{one.max_error:.1e}", f"{one.relative_error:.1e}", yes[one.passed])
+        for one in report.parity.outputs
+    ]
     return Group(
         f"[bold]{report.network}[/], ImageNet weights: {report.swapped} of {report.norm_layers} BatchNorms swapped.\n",
         _cli_tables.comparison_view(f"against the original, {first.photos} real photos", columns, rows),
         f"\nThe original itself: accuracy {first.accuracy_original or 0:.2f}. No data was used, nothing was trained.\n",
         f"Saved, loaded: outputs bit-equal: {yes[report.bit_equal_after_load]}. "
         f"Reverted: the original bit for bit: {yes[report.reverts_exactly]}.\n",
-        _cli_tables.record_view(report.parity, "onnxruntime (CPU) against torch"),
+        _cli_tables.comparison_view(
+            "parity: onnxruntime (CPU) against torch",
+            ("largest error", "relative", f"within {report.parity.tolerance:g}"),
+            parity,
+        ),
         "",
         _cli_tables.comparison_view("ms an image, onnxruntime (CPU)", ("BatchNorm", "GroupNorm", "ratio"), speed),
         "",
@@ -182,11 +190,9 @@ def _ways(original: nn.Module, converted: nn.Module) -> list[tuple[str, Callable
 
 
 def _quiet(original: nn.Module, **options: Any) -> nn.Module:
-    import warnings
-
     with warnings.catch_warnings():
-        # that narrow layers get fewer groups is said once in the README's table, not once a run
-        warnings.filterwarnings("ignore", category=UserWarning, module="gnswap")
+        # 32 groups leave narrow layers too few channels; that they get fewer groups is no news in a comparison
+        warnings.filterwarnings("ignore", message=".*another number of groups", category=UserWarning)
         return convert(original, **options).model
 
 
@@ -197,35 +203,9 @@ def _labelled_batches(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return list(zip(batches, labels.split(_BATCH), strict=True))
 
 
-def _speeds(onnxruntime: Any, old: Path, new: Path, x: Tensor) -> tuple[Speed, ...]:
-    sessions = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (old, new)]
-    measured = []
-    for batch_size in _BATCH_SIZES:
-        feed = x[:batch_size].contiguous().numpy()
-        times: tuple[list[float], list[float]] = ([], [])
-        for round_number in range(_ROUNDS + 1):
-            for session, series in zip(sessions, times, strict=True):
-                start = time.perf_counter()
-                session.run(None, {session.get_inputs()[0].name: feed})
-                if round_number:  # the first run allocates
-                    series.append((time.perf_counter() - start) * 1000 / batch_size)
-        measured.append(Speed(batch_size, *(round(statistics.median(series), 2) for series in times)))
-    return tuple(measured)
-
-
 def _same_state(one: nn.Module, other: nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return list(a) == list(b) and all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
-
-
-def _require_onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "onnxruntime is not installed", found=str(error), fix="Run: pip install 'gnswap[demo]'"
-        ) from error
-    return onnxruntime
 
 
 def _make_folder(out: Path) -> None:
