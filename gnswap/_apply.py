@@ -14,8 +14,9 @@ from gnswap._algebra import standardise
 from gnswap._carry import carry_over, copied, replace_all
 from gnswap._errors import ArgumentError, ModelError, NothingToSwapError, PlanMismatchError
 from gnswap._layer import FusedGroupNorm
-from gnswap._norms import NormState, read_norm, refusal, type_name
+from gnswap._norms import NormState, read_norm, type_name
 from gnswap._records import Decision, Plan
+from gnswap._survey import survey
 
 
 def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -75,6 +76,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 def _check(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan that does not fit, before anything is touched."""
     norms = dict(_sites.find_norms(model))
+    refusals = {site.paths: site.refusal for site in survey(model).sites}
     by_path = {path: module for paths, module in norms.items() for path in paths}
     advice = "Make a plan for this model with gnswap.plan."
     for decision in plan.decisions:
@@ -98,7 +100,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 fix=advice,
             )
         if decision.action == "swap":
-            _check_swap(module, decision)
+            _check_swap(module, decision, refusals[decision.paths])
     if len(plan.decisions) != len(norms):
         decided = {path for decision in plan.decisions for path in decision.paths}
         missing = next((paths[0] for paths in norms if not decided.intersection(paths)), None)
@@ -119,8 +121,8 @@ def _check(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _check_swap(module: nn.Module, decision: Decision) -> None:
-    if (reason := refusal(module)) is not None:
+def _check_swap(module: nn.Module, decision: Decision, reason: str | None) -> None:
+    if reason is not None:
         raise ModelError("this layer cannot be swapped", where=decision.name, found=reason)
     state = read_norm(module)
     if state.num_channels != decision.num_channels:

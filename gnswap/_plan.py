@@ -44,7 +44,7 @@ def plan(
     per group (InstanceNorm) comes only from an override that names the layer by its own path.
 
     A BatchNorm1d may see vectors, where a group's statistics have nothing but its D channels to go by, so it gets
-    one group, and `max_softness`, unless `groups` and `softness` are given.
+    one group unless an override says otherwise, and `max_softness` unless `softness` is given.
 
     Args:
         model: any network with BatchNorm.
@@ -168,14 +168,15 @@ def _choose_groups(site: Site, policy: Policy, override: Mapping[str, Any]) -> t
             )
         num_groups = asked if group_size is None else channels // asked
         return num_groups, f"{num_groups} groups by override of this layer", None
+    if source == "option" and _may_see_vectors(site):
+        why = "one group: BatchNorm1d may see vectors, which leave a group nothing but its channels"
+        return 1, why, None if groups in ("auto", 1) and group_size in (None, channels) else why
     if group_size is not None:
         num_groups, note = _grouping.nearest_group_size(channels, group_size)
         return num_groups, note or f"groups of {group_size} by {source}", note
     if groups != "auto":
         num_groups, note = _grouping.nearest_groups(channels, int(groups))
         return num_groups, note or f"{groups} groups by {source}", note
-    if _may_see_vectors(site):
-        return 1, "one group: BatchNorm1d may see vectors, which leave a group nothing but its channels", None
     num_groups = _grouping.auto_groups(channels)
     return num_groups, f"auto: groups of {channels // num_groups}", None
 

@@ -76,7 +76,7 @@ def test_the_layer_computes_the_definition(kind: Any, shape: Any, options: Any, 
     """Pitfall 27 (3-D and 5-D inputs), 14 (affine and bias off), 11 (eps 1e-3)."""
     norm = randomise_norms(kind(24, **options)).eval()
     x = torch.randn(3, 24, *shape) * 2 + 1
-    layer = convert(norm, groups=4, softness=softness)
+    layer = convert(norm, overrides={"(root)": {"groups": 4}}, softness=softness)
     torch.testing.assert_close(layer(x).double(), by_hand(norm, x, 4, softness), rtol=1e-5, atol=1e-5)
 
 
@@ -438,6 +438,14 @@ def test_a_layer_refused_at_the_last_moment_stops_everything() -> None:
     with pytest.raises(ModelError, match=r"cannot be swapped \(at 4\).*negative"):
         apply(model, made, inplace=True)
     assert_same_bits(bits(model), before)
+
+
+def test_a_plan_edited_past_a_refusal_is_refused_by_the_place_too() -> None:
+    model = small_cnn()
+    model.held = [model[4]]  # a plain list: a swap in the tree would not reach it
+    made = plan(model).edit("4", action="swap", num_groups=1)
+    with pytest.raises(ModelError, match=r"cannot be swapped \(at 4\).*held outside the module tree"):
+        apply(model, made, inplace=True)
 
 
 def test_a_standardisation_beyond_half_precision() -> None:

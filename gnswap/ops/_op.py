@@ -29,9 +29,15 @@ _INPUTS = (
 )
 def group_norm_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` for arguments that `check_arguments` has passed."""
+    backend = choose_backend(x.device.type, x.dtype).name
     # ATen's kernels divide by the number of samples or positions
-    if choose_backend(x.device.type, x.dtype).name == "reference" or x.numel() == 0:
+    if backend == "reference" or x.numel() == 0:
         return _reference.group_norm(x, *args)
+    if backend == "triton":
+        from gnswap.ops._triton import _launch  # imports triton, which only CUDA needs
+
+        with torch.cuda.device(x.device):
+            return _launch.forward(x, *args)
     return _aten.group_norm(x, *args)
 
 
@@ -58,26 +64,21 @@ def group_norm_backward_op(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """The six gradients of `_reference.Gradients`; an empty tensor for each that `mask` does not ask for."""
-    if choose_backend(x.device.type, x.dtype).name == "reference" or x.numel() == 0:
+    backend = choose_backend(x.device.type, x.dtype).name
+    if backend == "reference" or x.numel() == 0:
         gradients = _reference.group_norm_backward(
             dy, x, num_groups, weight, bias, eps, act, residual, channel_scale, channel_shift, channel_order
         )
     else:
-        gradients = _aten.group_norm_backward(
-            dy,
-            x,
-            mean,
-            rstd,
-            num_groups,
-            weight,
-            bias,
-            act,
-            residual,
-            channel_scale,
-            channel_shift,
-            channel_order,
-            mask,
-        )
+        channels = (channel_scale, channel_shift, channel_order)
+        arguments = (dy, x, mean, rstd, num_groups, weight, bias, act, residual, *channels, mask)
+        if backend == "triton" and not (mask[4] or mask[5]):
+            from gnswap.ops._triton import _launch
+
+            with torch.cuda.device(x.device):
+                gradients = _launch.backward(*arguments)
+        else:
+            gradients = _aten.group_norm_backward(*arguments)
     return tuple(
         gradient if wanted and gradient is not None else x.new_empty(0)
         for gradient, wanted in zip(gradients, mask, strict=True)
