@@ -29,6 +29,13 @@ _INPUTS = (
 )
 def group_norm_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` for arguments that `check_arguments` has passed."""
+    y, mean, rstd = _forward(x, *args)
+    # autograd forbids in-place operations on a view that a custom function returned, and nn.ReLU(inplace=True) follows
+    # norms everywhere
+    return y.new_empty(0).set_(y) if y._is_view() else y, mean, rstd
+
+
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     backend = choose_backend(x.device.type, x.dtype).name
     # ATen's kernels divide by the number of samples or positions
     if backend == "reference" or x.numel() == 0:
