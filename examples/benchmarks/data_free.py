@@ -7,8 +7,9 @@ Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 
 28 from pip packages, 20 of them with their ImageNet class. Every photo goes through timm's preprocessing of the
 network. Rows are stored as they are measured, so an interrupted run goes on where it stopped.
 
-State is looked at on a copy of the network in bfloat16, eval mode, with frozen norms and its own eps of 1e-3: a swap
-that makes new layers with torch's defaults loses just these.
+State is looked at on a copy of the network in bfloat16, eval mode, with frozen gamma and its own eps of 1e-3: a swap
+that makes new layers with torch's defaults loses just these. (Beta is left to train: Opacus passes over a norm that
+is frozen whole, and calls the network valid.)
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ SWAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "opacus, timm's BatchNormAct2d taken apart first": by_opacus_unfused,
     "gnswap, groups=32, softness=0": by_gnswap(groups=32, softness=0.0),
     "gnswap, groups=8, softness=0": by_gnswap(groups=8, softness=0.0),
+    "gnswap, groups=32": by_gnswap(groups=32),
+    "gnswap, groups=8": by_gnswap(groups=8),
     "gnswap, default": by_gnswap(),
 }
 
@@ -96,7 +99,7 @@ def state_kept(model: nn.Module, swap: Callable[[nn.Module], nn.Module]) -> dict
     probe = copy.deepcopy(model).to(torch.bfloat16).eval()
     norms = {name: module for name, module in probe.named_modules() if isinstance(module, _BatchNorm)}
     for norm in norms.values():
-        norm.requires_grad_(False)
+        norm.weight.requires_grad_(False)
     modules = dict(swap(probe).named_modules())
     kept, swapped = dict.fromkeys(STATE, 0), 0
     for name, old in norms.items():
