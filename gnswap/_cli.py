@@ -42,11 +42,11 @@ app = typer.Typer(
     name="gnswap",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Swap BatchNorm for GroupNorm in pretrained networks and keep what they know.\n\n"
-    "The way through: inspect → convert → export → validate. The fastest look at all of it: [bold]gnswap demo[/].\n\n"
+    "The way through: inspect → convert → export → validate. The fastest look at all of it: **gnswap demo**.\n\n"
     "Exit codes: 0 fine, 1 an error of gnswap's, 2 wrong usage, 3 nothing to swap, 4 parity failed. "
     "Results go to stdout, progress and messages to stderr.",
 )
@@ -107,7 +107,7 @@ def inspect(model: ModelName, as_json: AsJson = False) -> None:
 
     No weights are needed or fetched.
 
-    [bold]Examples[/]
+    **Examples**
 
         gnswap inspect resnet50
 
@@ -179,7 +179,7 @@ def convert(
     Prints the decision on every layer and, with --calib, how far the converted network's answers are from the
     original's. The directory holds model.safetensors and plan.json and appears only when it is complete.
 
-    [bold]Examples[/]
+    **Examples**
 
         gnswap convert resnet50 --pretrained -o resnet50-gn
 
@@ -242,7 +242,7 @@ def export(
 ) -> None:
     """Write a converted network as ONNX, with a dynamic batch, checked by onnx's own checker.
 
-    [bold]Examples[/]
+    **Examples**
 
         gnswap export resnet50-gn -o resnet50-gn.onnx
 
@@ -273,7 +273,7 @@ def validate(
 ) -> None:
     """Run an exported file in onnxruntime and compare it with the converted network. Exit code 4 where they differ.
 
-    [bold]Examples[/]
+    **Examples**
 
         gnswap validate resnet50-gn.onnx resnet50-gn --provider cpu
 
@@ -307,7 +307,7 @@ def demo(
     Inspects, converts without any data, compares with the two swaps that everybody tries first, saves, loads,
     exports, runs in onnxruntime, and prints parity and speed. Needs: pip install 'gnswap[demo]'
 
-    [bold]Examples[/]
+    **Examples**
 
         gnswap demo
 

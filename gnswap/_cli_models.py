@@ -166,12 +166,12 @@ def _read_checkpoint(path: Path) -> Any:
             found=str(error).splitlines()[0],
             fix="Where it was trained, save model.state_dict() alone, or a safetensors file.",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # on bytes that are no checkpoint the unpickler stumbles over anything, even a KeyError
         raise StoreError(
             "the weights cannot be read",
             where=str(path),
             expected="a safetensors file or a PyTorch state dict",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="It is cut off or of another kind.",
         ) from error
 

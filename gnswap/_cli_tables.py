@@ -59,7 +59,7 @@ def plan_view(plan: Plan) -> RenderableType:
             escape(decision.reason),
         )
     notes = [f"[yellow]note:[/] {escape(note)}" for note in plan.notes]
-    return Group(table, f"{len(plan.swaps)} layers swapped, {len(plan.kept)} kept.", *notes)
+    return Group(table, f"{len(plan.swaps)} of {len(plan.decisions)} norm layers swapped.", *notes)
 
 
 def fidelity_view(fidelity: Fidelity, *, worst: int = 8) -> RenderableType:

@@ -200,7 +200,7 @@ def _labelled_batches(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
     photos = _samples.sample_photos()
     labels = torch.tensor([-1 if photo.label is None else photo.label for photo in photos])
     batches = PhotoBatches([photo.image for photo in photos], network, batch_size=_BATCH)
-    return list(zip(batches, labels.split(_BATCH), strict=True))
+    return list(zip(batches, torch.split(labels, _BATCH), strict=True))
 
 
 def _same_state(one: nn.Module, other: nn.Module) -> bool:
