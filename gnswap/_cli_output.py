@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -47,14 +48,16 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say on stderr what is going on: a spinner on a terminal, a line elsewhere."""
+    """Say on stderr what is going on, and on a terminal how long it took.
+
+    No spinner: a progress bar may run inside, and two live displays on one terminal overwrite each other.
+    """
     console = stderr()
+    console.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
+    start = time.perf_counter()
+    yield
     if console.is_terminal:
-        with console.status(escape(text)):
-            yield
-    else:
-        console.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
-        yield
+        console.print(f"[dim]{'done in':>10} {time.perf_counter() - start:.1f} s[/]", highlight=False)
 
 
 @contextlib.contextmanager

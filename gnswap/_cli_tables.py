@@ -44,8 +44,10 @@ def inventory_view(inventory: Inventory) -> RenderableType:
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """Every decision of a plan with its reason."""
-    table = _table("layer", "type", ">C", "action", ">G", ">D", ">softness", "why")
+    """Every decision of a plan; the reasons below, since most layers share one and a column of them is unreadable."""
+    table = _table("layer", "type", ">C", "action", ">G", ">D", ">softness", ">why")
+    reasons = Counter(decision.reason for decision in plan.decisions)
+    numbers = {reason: str(number) for number, reason in enumerate(reasons, 1)}
     for decision in plan.decisions:
         swap = decision.action == "swap"
         table.add_row(
@@ -56,10 +58,13 @@ def plan_view(plan: Plan) -> RenderableType:
             str(decision.num_groups) if swap else "-",
             str(decision.group_size) if swap else "-",
             f"{decision.softness:g}" if swap else "-",
-            escape(decision.reason),
+            numbers[decision.reason],
         )
+    legend = Table.grid(padding=(0, 2, 0, 0))
+    for reason, count in reasons.items():
+        legend.add_row(f"why {numbers[reason]}", f"{escape(reason)} [dim]({count}x)[/]")
     notes = [f"[yellow]note:[/] {escape(note)}" for note in plan.notes]
-    return Group(table, f"{len(plan.swaps)} of {len(plan.decisions)} norm layers swapped.", *notes)
+    return Group(table, legend, f"{len(plan.swaps)} of {len(plan.decisions)} norm layers swapped.", *notes)
 
 
 def fidelity_view(fidelity: Fidelity, *, worst: int = 8) -> RenderableType:

@@ -233,6 +233,8 @@ def test_convert_prints_decisions_and_saves(run: Run) -> None:
     assert result.exit_code == 0, result.stderr
     assert "swap" in result.stdout
     assert "1 of 1 norm layers swapped" in result.stdout
+    reason = gnswap.plan(_cli_models.build_model("nets:small"), groups=2, softness=0.5).decisions[0].reason
+    assert f"why 1  {reason} (1x)" in result.stdout
     assert "Saved to out" in result.stdout
     loaded = gnswap.load("out", _cli_models.build_model("nets:small"))
     assert (loaded[1].num_groups, loaded[1].softness) == (2, 0.5)
