@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,3 +34,7 @@ def sample_batch(lite0: nn.Module) -> Tensor:
     """All sample photos, prepared for Lite0: `[N, 3, 224, 224]`."""
     images = [photo.image for photo in _samples.sample_photos()]
     return torch.cat(list(PhotoBatches(images, lite0)))
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # the workers share the cores; with all threads in each of them they would wait for one another
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))

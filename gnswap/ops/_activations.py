@@ -23,6 +23,8 @@ class _Activation:
     function: Callable[[Tensor], Tensor]
     inplace: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    # (dy, z) -> dy * act'(z) written over z
+    backward: Callable[[Tensor, Tensor], Tensor]
     # exp and erf have vector and scalar versions in ATen's CPU loops, which differ in the last bit
     transcendental: bool = False
 
@@ -55,16 +57,45 @@ def _leaky_relu_derivative(z: Tensor) -> Tensor:
     return torch.where(z > 0, 1.0, _LEAKY_SLOPE).to(z.dtype)
 
 
+_aten = torch.ops.aten
 _TABLE = {
-    "relu": _Activation(F.relu, torch.relu_, _relu_derivative),
-    "relu6": _Activation(F.relu6, lambda z: F.relu6(z, inplace=True), _relu6_derivative),
-    "silu": _Activation(F.silu, lambda z: F.silu(z, inplace=True), _silu_derivative, transcendental=True),
-    "gelu": _Activation(F.gelu, torch.ops.aten.gelu_.default, _gelu_derivative, transcendental=True),
-    "hardswish": _Activation(F.hardswish, lambda z: F.hardswish(z, inplace=True), _hardswish_derivative),
+    "relu": _Activation(
+        function=F.relu,
+        inplace=torch.relu_,
+        derivative=_relu_derivative,
+        backward=lambda dy, z: _aten.threshold_backward.grad_input(dy, z, 0, grad_input=z),
+    ),
+    "relu6": _Activation(
+        function=F.relu6,
+        inplace=lambda z: F.relu6(z, inplace=True),
+        derivative=_relu6_derivative,
+        backward=lambda dy, z: _aten.hardtanh_backward.grad_input(dy, z, 0, 6, grad_input=z),
+    ),
+    "silu": _Activation(
+        function=F.silu,
+        inplace=lambda z: F.silu(z, inplace=True),
+        derivative=_silu_derivative,
+        backward=lambda dy, z: _aten.silu_backward.grad_input(dy, z, grad_input=z),
+        transcendental=True,
+    ),
+    "gelu": _Activation(
+        function=F.gelu,
+        inplace=_aten.gelu_.default,
+        derivative=_gelu_derivative,
+        backward=lambda dy, z: _aten.gelu_backward.grad_input(dy, z, grad_input=z),
+        transcendental=True,
+    ),
+    "hardswish": _Activation(
+        function=F.hardswish,
+        inplace=lambda z: F.hardswish(z, inplace=True),
+        derivative=_hardswish_derivative,
+        backward=lambda dy, z: z.copy_(_aten.hardswish_backward.default(dy, z)),
+    ),
     "leaky_relu": _Activation(
-        lambda z: F.leaky_relu(z, _LEAKY_SLOPE),
-        lambda z: F.leaky_relu(z, _LEAKY_SLOPE, inplace=True),
-        _leaky_relu_derivative,
+        function=lambda z: F.leaky_relu(z, _LEAKY_SLOPE),
+        inplace=lambda z: F.leaky_relu(z, _LEAKY_SLOPE, inplace=True),
+        derivative=_leaky_relu_derivative,
+        backward=lambda dy, z: _aten.leaky_relu_backward.grad_input(dy, z, _LEAKY_SLOPE, False, grad_input=z),
     ),
 }
 
@@ -118,9 +149,9 @@ def activate(z: Tensor, act: str | None) -> Tensor:
     return z if act is None else _TABLE[act].function(z)
 
 
-def derivative(z: Tensor, act: str | None) -> Tensor:
-    """`act'(z)` at the pre-activation `z`, differentiable; at a kink the one-sided value that autograd takes."""
-    return torch.ones_like(z) if act is None else _TABLE[act].derivative(z)
+def derivative(z: Tensor, act: str) -> Tensor:
+    """`act'(z)` at the pre-activation `z`, in plain torch and differentiable; at a kink the value autograd takes."""
+    return _TABLE[act].derivative(z)
 
 
 def activate_(z: Tensor, act: str | None) -> Tensor:
@@ -131,12 +162,10 @@ def activate_(z: Tensor, act: str | None) -> Tensor:
     return z
 
 
-def mul_derivative_(z: Tensor, dy: Tensor, act: str | None) -> Tensor:
+def activate_backward_(dy: Tensor, z: Tensor, act: str) -> Tensor:
     """Overwrite the pre-activation `z` `[N, ...]` with `dy * act'(z)`; bits as in `activate_`."""
-    if act is None:
-        return z.copy_(dy)
-    for part, dy_part in zip(_independent_parts(z, act), _independent_parts(dy, act), strict=True):
-        torch.mul(dy_part, _TABLE[act].derivative(part), out=part)
+    for dy_part, part in zip(_independent_parts(dy, act), _independent_parts(z, act), strict=True):
+        _TABLE[act].backward(dy_part, part)
     return z
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gnswap._errors import ArgumentError
-from gnswap.ops._activations import activate_, mul_derivative_
+from gnswap.ops._activations import activate_, activate_backward_
 from gnswap.ops._reference import Gradients, accumulation_dtype, memory_format, per_channel
 
 
@@ -35,19 +35,20 @@ def group_norm(
     """Forward; arguments and results as in `_reference.group_norm`. `x` must not be empty."""
     inverse = None if channel_order is None else _inverse(channel_order)
     u = _standardised(x, channel_scale, channel_shift, channel_order)
-    n, c = u.shape[:2]
+    n, c, s = u.shape
     y, mean, rstd = torch.native_group_norm(
         u,
         _ordered(weight, channel_order, u.dtype),
         _ordered(bias, channel_order, u.dtype),
         n,
         c,
-        u.numel() // (n * c),
+        s,
         num_groups,
         eps,
     )
     if inverse is not None:
-        y = y.index_select(1, inverse)
+        y = torch.index_select(y, 1, inverse, out=u)  # u is a buffer of ours, gathered by the order
+    y = y.reshape(x.shape)
     if residual is not None:
         y.add_(residual)
     return _finished(activate_(y, act), x), mean, rstd
@@ -71,18 +72,20 @@ def group_norm_backward(
     """Backward from saved statistics; `mask` says which of the six gradients are wanted. `x` must not be empty."""
     need_x, need_weight, need_bias, need_residual, need_scale, need_shift = mask
     u = _standardised(x, channel_scale, channel_shift, channel_order)
-    n, c = u.shape[:2]
+    n, c, s = u.shape
     grouped = (n, num_groups, -1)
-    xhat = u.reshape(grouped).sub(mean[..., None]).mul_(rstd[..., None]).reshape(u.shape)
+    xhat = u.reshape(grouped) - mean[..., None] if _shares(u, x) else u.reshape(grouped).sub_(mean[..., None])
+    xhat = xhat.mul_(rstd[..., None]).reshape(u.shape)
     dz = _gathered(dy, u.dtype, channel_order)
     ordered_weight = _ordered(weight, channel_order, u.dtype)
     if act is not None:
         z = xhat.clone() if ordered_weight is None else xhat * per_channel(ordered_weight, u)
-        if bias is not None:
-            z.add_(per_channel(bias if channel_order is None else bias[channel_order], u))
+        ordered_bias = _ordered(bias, channel_order, u.dtype)
+        if ordered_bias is not None:
+            z.add_(per_channel(ordered_bias, u))
         if residual is not None:
-            z.add_(residual if channel_order is None else residual.index_select(1, channel_order))
-        dz = mul_derivative_(z, dz, act)
+            z.add_(_gathered(residual, residual.dtype, channel_order))
+        dz = activate_backward_(dz, z, act)
 
     inverse = None if channel_order is None else _inverse(channel_order)
     need_du = need_x or need_scale or need_shift
@@ -94,14 +97,15 @@ def group_norm_backward(
         ordered_weight,
         n,
         c,
-        u.numel() // (n * c),
+        s,
         num_groups,
         [need_du, need_weight, need_bias],
     )
     dx = dscale = dshift = None
     if need_du:
         du = du.reshape(grouped).mul_(rstd[..., None]).reshape(u.shape)
-        du = du if inverse is None else du.index_select(1, inverse)
+        du = du if inverse is None else torch.index_select(du, 1, inverse, out=xhat)
+        du = du.reshape(x.shape)
         over_batch = [0, *range(2, x.ndim)]
         dscale = (du * x).sum(over_batch) if need_scale else None
         dshift = du.sum(over_batch) if need_shift else None
@@ -109,7 +113,8 @@ def group_norm_backward(
             dx = _finished(du if channel_scale is None else du.mul_(per_channel(channel_scale, x)), x)
     dresidual = None
     if need_residual and residual is not None:
-        dresidual = _finished(dz if inverse is None else dz.index_select(1, inverse), residual)
+        dz = dz if inverse is None else dz.index_select(1, inverse)
+        dresidual = _finished(dz.reshape(x.shape), residual)
     return Gradients(
         x=dx,
         weight=_restored(dweight, inverse, weight) if need_weight else None,
@@ -134,21 +139,40 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 def _gathered(t: Tensor, dtype: torch.dtype, order: Tensor | None) -> Tensor:
-    t = t if order is None else t.index_select(1, order)
-    return t.to(dtype).contiguous()
+    """`t` as contiguous `[N, C, S]`, its channels in `order`; shares memory with `t` where nothing has to be done.
+
+    Three axes, because strides of an axis of length 1 are arbitrary: contiguous `[N, C, 1, 1]` may look like
+    channels_last, for which ATen takes the uncentred kernel.
+    """
+    t = _contiguous(t).reshape(*t.shape[:2], -1)
+    return (t if order is None else t.index_select(1, order)).to(dtype)
+
+
+def _shares(t: Tensor, other: Tensor) -> bool:
+    return t.data_ptr() == other.data_ptr()
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    if t.device.type != "cpu" or not t.is_contiguous(memory_format=torch.channels_last) or t.is_contiguous():
+        return t.contiguous()
+    # ATen has a blocked transpose for matrices only, and it is up to four times faster than its general copy
+    n, c = t.shape[:2]
+    result = torch.empty_like(t, memory_format=torch.contiguous_format)
+    for target, source in zip(result.reshape(n, c, -1), t.permute(0, 2, 3, 1).reshape(n, -1, c), strict=True):
+        target.copy_(source.t())
+    return result
 
 
 def _standardised(
     x: Tensor, channel_scale: Tensor | None, channel_shift: Tensor | None, order: Tensor | None
 ) -> Tensor:
-    """Contiguous scale * x + shift in the accumulation dtype, channels in `order`; may be `x` itself."""
-    dtype = accumulation_dtype(x.dtype)
-    u = _gathered(x, dtype, order)
-    scale, shift = (_ordered(vector, order, dtype) for vector in (channel_scale, channel_shift))
+    """scale * x + shift in the accumulation dtype; otherwise as `_gathered`."""
+    u = _gathered(x, accumulation_dtype(x.dtype), order)
+    scale, shift = (_ordered(vector, order, u.dtype) for vector in (channel_scale, channel_shift))
     if scale is not None:
-        u = u * per_channel(scale, u)
+        u = u * per_channel(scale, u) if _shares(u, x) else u.mul_(per_channel(scale, u))
     if shift is not None:
-        u = u + per_channel(shift, u) if scale is None else u.add_(per_channel(shift, u))
+        u = u + per_channel(shift, u) if _shares(u, x) else u.add_(per_channel(shift, u))
     return u
 
 
