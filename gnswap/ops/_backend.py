@@ -6,6 +6,10 @@ bits every time.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -29,12 +33,37 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
         dtype: dtype of the input.
 
     Returns:
-        `"aten"`: ATen's GroupNorm on a contiguous buffer, with the rest in place; `"reference"`: plain torch.
+        `"triton"`: our kernels for CUDA, unless the environment has GNSWAP_CUDA_KERNEL=off; `"aten"`: ATen's
+        GroupNorm on a contiguous buffer, with the rest in place; `"reference"`: plain torch.
 
     Example:
         >>> choose_backend("cpu", torch.float32).name, choose_backend("mps", torch.float32).name
         ('aten', 'reference')
     """
-    if device_type in ("cpu", "cuda") and dtype in DTYPES:
+    if device_type == "cuda" and dtype in DTYPES:
+        obstacle = _no_triton(os.environ.get("GNSWAP_CUDA_KERNEL"))
+        if dtype == torch.float64:
+            obstacle = "the Triton kernels compute in fp32"
+        return Backend("aten", obstacle) if obstacle else Backend("triton", f"Triton kernels for {dtype} on cuda")
+    if device_type == "cpu" and dtype in DTYPES:
         return Backend("aten", f"ATen has a GroupNorm for {dtype} on {device_type}")
     return Backend("reference", f"no tested kernel for {dtype} on {device_type}; plain torch is always right")
+
+
+@functools.cache
+def _no_triton(switch: str | None) -> str | None:
+    """Why the Triton kernels cannot run here, or None; kept, because asking the driver takes longer than a norm."""
+    if switch == "off":
+        return "GNSWAP_CUDA_KERNEL=off"
+    if not torch.version.cuda:
+        return "this build of torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the Triton kernels are checked from sm_80 on, and this is sm_{capability[0]}{capability[1]}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler for its launcher: install gcc, or set CC"
+    return None
