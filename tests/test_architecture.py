@@ -27,7 +27,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_providers",
         }
     ),
-    frozenset({"ops._cpu"}),
+    frozenset({"ops._aten", "ops._cpu"})
+    | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
+    | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
+    | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
     frozenset({"ops._op", "ops"}),
     frozenset({"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}),
     frozenset(
@@ -50,6 +53,18 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_cli", "_demo", "__main__", "__init__"}),
 )
 SAME_FLOOR = {
+    ("ops._reference", "ops._activations"): "the definition of the norm ends with an activation",
+    ("ops._triton._kernels_tile", "ops._triton._kernels_shared"): "all kernels are built from these parts",
+    ("ops._triton._kernels_split", "ops._triton._kernels_shared"): "the same",
+    ("ops._triton._kernels_channels_last", "ops._triton._kernels_shared"): "the same",
+    ("ops._triton._kernels_channels_last_backward", "ops._triton._kernels_shared"): "the same",
+    ("ops._triton._kernels_channels_last_backward", "ops._triton._kernels_channels_last"): "same blocks of work",
+    ("ops._triton._launch", "ops._triton._config"): "the launcher launches what was chosen",
+    ("ops._triton._launch", "ops._triton._kernels_tile"): "and has to know the kernels",
+    ("ops._triton._launch", "ops._triton._kernels_split"): "the same",
+    ("ops._triton._launch", "ops._triton._kernels_channels_last"): "the same",
+    ("ops._triton._launch", "ops._triton._kernels_channels_last_backward"): "the same",
+    ("ops", "ops._op"): "the public function is the checked call of the op",
     ("_record", "_errors"): "records refuse bad JSON with our errors",
     ("_records", "_record"): "the records are built on their base",
     ("_records", "_errors"): "decisions check themselves",

@@ -1,0 +1,177 @@
+"""How the work is cut for a problem and a machine: a pure function, so that a test and a compiler without a GPU see it.
+
+Why not autotuned: another block size sums in another order, and the same input must give the same bits every time.
+Why without N: a sample must have the same bits alone and in a batch. So the cut is made for a batch of one, which is
+where filling the machine is hard; a larger batch is more programs of the same cut.
+
+The numbers come from compiling every regime for sm_80 and sm_90 (`examples/benchmarks/aot_gate.py`): a program may
+hold so much that no register spills.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Elements that 16 warps hold in registers without spilling: forward one tensor, backward two. erf takes registers of
+# its own, and so do the factors of each channel in channels_last.
+_CAPACITY_FORWARD, _CAPACITY = 32768, 16384
+# A flat tile keeps the factors of every element, and its backward scans three of its size for the channels' sums.
+_CAPACITY_FLAT_BACKWARD = 4096
+# What a warp should have: fewer warps make a reduction cheaper, more keep more loads in flight.
+_ELEMENTS_PER_WARP, _ELEMENTS_PER_WARP_FLAT, _ELEMENTS_PER_WARP_FLAT_BACKWARD = 1024, 512, 256
+# One block of a streaming kernel, 4 warps with 16 elements a thread, and the chunk of such blocks of a program.
+_STREAM_BLOCK = 2048
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 4096, 16384
+# Partial results that one program merges at once
+_MOST_PARTS, _MOST_SLABS = 1024, 64
+# A memory transaction is 32 bytes; two of them keep DRAM bursts whole.
+_SECTOR_BYTES, _BURST_BYTES = 32, 64
+# Clusters are compiled and checked for this architecture only.
+_CLUSTER_ARCH, _CLUSTER_SIZES = 90, (2, 4, 8)
+_VECTOR_BYTES = 16
+
+
+class Machine(NamedTuple):
+    """What the cut depends on: streaming multiprocessors, and compute capability as in sm_90."""
+
+    sm_count: int
+    arch: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sample's problem: G groups of D channels, S positions, bytes of an element, layout, direction, activation."""
+
+    num_groups: int
+    channels_per_group: int
+    positions: int
+    itemsize: int
+    channels_last: bool = False
+    ordered: bool = False
+    backward: bool = False
+    act: str | None = None
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.num_groups * self.channels_per_group
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a group, D * S."""
+        return self.channels_per_group * self.positions
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        regime: see the package; names the kernels.
+        rows, columns: the block of a program: channels by positions, or positions by channels in channels_last.
+            Powers of two.
+        chunk: positions that a program of a split regime walks through, a multiple of its block's; otherwise 0.
+        num_warps: warps of a program, of each CTA in a cluster.
+        num_ctas: CTAs of a program; more than 1 is a cluster.
+    """
+
+    regime: str
+    rows: int
+    columns: int
+    chunk: int = 0
+    num_warps: int = 4
+    num_ctas: int = 1
+
+    @property
+    def one_read(self) -> bool:
+        """Whether each element is read once."""
+        return self.chunk == 0
+
+
+def choose_config(problem: Problem, machine: Machine) -> Config:
+    """Choose the regime and its sizes.
+
+    Args:
+        problem: sizes of one sample, layout and direction.
+        machine: the GPU.
+
+    Returns:
+        The cut; equal arguments give an equal cut.
+
+    Example:
+        >>> layer3 = Problem(num_groups=32, channels_per_group=32, positions=14 * 14, itemsize=2)
+        >>> choose_config(layer3, Machine(sm_count=108, arch=80)).regime
+        'flat'
+    """
+    if problem.channels_last:
+        return _channels_last(problem, machine)
+    return _contiguous(problem, machine)
+
+
+def _contiguous(problem: Problem, machine: Machine) -> Config:
+    capacity = _CAPACITY if problem.backward or problem.act == "gelu" else _CAPACITY_FORWARD
+    aligned = problem.positions * problem.itemsize % _VECTOR_BYTES == 0
+    columns = _power_of_two(problem.group_size)
+    if not aligned and not problem.ordered and columns <= (_CAPACITY_FLAT_BACKWARD if problem.backward else capacity):
+        per_warp = _ELEMENTS_PER_WARP_FLAT_BACKWARD if problem.backward else _ELEMENTS_PER_WARP_FLAT
+        return Config("flat", 1, columns, num_warps=_warps(columns, per_warp))
+    rows, columns = _power_of_two(problem.channels_per_group), _power_of_two(problem.positions)
+    if rows * columns <= capacity:
+        return Config("tile", rows, columns, num_warps=_warps(rows * columns))
+    if machine.arch == _CLUSTER_ARCH:
+        for num_ctas in _CLUSTER_SIZES:
+            if rows * columns <= capacity * num_ctas:
+                return Config("cluster", rows, columns, num_warps=16, num_ctas=num_ctas)
+    return _split(problem, machine)
+
+
+def _split(problem: Problem, machine: Machine) -> Config:
+    programs = math.ceil(2 * machine.sm_count / problem.num_groups)
+    size = _clamp(_power_of_two(problem.group_size // programs), _SMALLEST_CHUNK, _LARGEST_CHUNK)
+    size = max(size, _power_of_two(math.ceil(problem.group_size / _MOST_PARTS)))
+    # Short rows: several channels a block, cut so that little of the last block of a row is empty.
+    columns = _STREAM_BLOCK
+    while columns > 64 and _padded(problem.positions, columns) > 1.15 * problem.positions:
+        columns //= 2
+    rows = _clamp(_STREAM_BLOCK // columns, 1, _power_of_two(problem.channels_per_group))
+    chunk = max(columns, min(size // rows, _power_of_two(problem.positions)))
+    return Config("split", rows, columns, chunk)
+
+
+def _channels_last(problem: Problem, machine: Machine) -> Config:
+    d = problem.channels_per_group
+    lanes, rows = _power_of_two(d), _power_of_two(problem.positions)
+    if lanes == d:
+        fill = _BURST_BYTES // problem.itemsize
+        while lanes * 2 <= fill and lanes < problem.channels and rows * lanes * 2 <= _CAPACITY:
+            lanes *= 2
+    wide_enough = min(d, lanes) * problem.itemsize >= _BURST_BYTES or (
+        lanes % d == 0 and (lanes * problem.itemsize >= _SECTOR_BYTES or lanes >= problem.channels)
+    )
+    if not problem.ordered and wide_enough and rows * lanes <= _CAPACITY:
+        return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes))
+    columns = min(128 // problem.itemsize, _power_of_two(problem.channels))
+    rows = _STREAM_BLOCK // columns
+    blocks = math.ceil(problem.channels / columns)
+    chunk = _power_of_two(math.ceil(problem.positions * blocks / (2 * machine.sm_count)))
+    chunk = max(rows, chunk, _power_of_two(math.ceil(problem.positions / _MOST_SLABS)))
+    return Config("channels_last_split", rows, columns, chunk)
+
+
+def _warps(elements: int, per_warp: int = _ELEMENTS_PER_WARP) -> int:
+    return _clamp(elements // per_warp, 2, 16)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not less than `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _padded(number: int, block: int) -> int:
+    return -(-number // block) * block
+
+
+def _clamp(number: int, low: int, high: int) -> int:
+    return max(low, min(number, high))
