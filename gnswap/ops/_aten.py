@@ -33,7 +33,7 @@ def group_norm(
     channel_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward; arguments and results as in `_reference.group_norm`. `x` must not be empty."""
-    inverse = None if channel_order is None else _inverse(channel_order)
+    inverse = None if channel_order is None else inverse_order(channel_order)
     u = _standardised(x, channel_scale, channel_shift, channel_order)
     n, c, s = u.shape
     y, mean, rstd = torch.native_group_norm(
@@ -87,7 +87,7 @@ def group_norm_backward(
             z.add_(_gathered(residual, residual.dtype, channel_order))
         dz = activate_backward_(dz, z, act)
 
-    inverse = None if channel_order is None else _inverse(channel_order)
+    inverse = None if channel_order is None else inverse_order(channel_order)
     need_du = need_x or need_scale or need_shift
     du, dweight, dbias = torch.ops.aten.native_group_norm_backward.default(
         dz,
@@ -125,7 +125,8 @@ def group_norm_backward(
     )
 
 
-def _inverse(order: Tensor) -> Tensor:
+def inverse_order(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`. Raises `ArgumentError` where it is not a permutation (on the CPU)."""
     values, inverse = order.sort()
     # on CUDA the look would wait for the device in every call; there index_select's own range check has to do
     if order.device.type == "cpu" and not torch.equal(values, torch.arange(len(order))):

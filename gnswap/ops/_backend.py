@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from gnswap.ops import _cpu_library
+
 #: Dtypes the op takes.
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,6 +27,9 @@ class Backend(NamedTuple):
     reason: str
 
 
+_CPP = Backend("cpp", "C++ kernels, compiled on this machine")
+
+
 def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     """Choose the code for tensors of one device type and dtype.
 
@@ -33,12 +38,13 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
         dtype: dtype of the input.
 
     Returns:
-        `"triton"`: our kernels for CUDA, unless the environment has GNSWAP_CUDA_KERNEL=off; `"aten"`: ATen's
-        GroupNorm on a contiguous buffer, with the rest in place; `"reference"`: plain torch.
+        `"triton"`: our kernels for CUDA, unless the environment has GNSWAP_CUDA_KERNEL=off; `"cpp"`: our kernels
+        for the CPU, unless it has GNSWAP_CPU_KERNEL=off (the first call loads them, the first ever compiles them);
+        `"aten"`: ATen's GroupNorm on a contiguous buffer, with the rest in place; `"reference"`: plain torch.
 
     Example:
-        >>> choose_backend("cpu", torch.float32).name, choose_backend("mps", torch.float32).name
-        ('aten', 'reference')
+        >>> choose_backend("mps", torch.float32).name
+        'reference'
     """
     if device_type == "cuda" and dtype in DTYPES:
         obstacle = _no_triton(os.environ.get("GNSWAP_CUDA_KERNEL"))
@@ -46,7 +52,8 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
             obstacle = "the Triton kernels compute in fp32"
         return Backend("aten", obstacle) if obstacle else Backend("triton", f"Triton kernels for {dtype} on cuda")
     if device_type == "cpu" and dtype in DTYPES:
-        return Backend("aten", f"ATen has a GroupNorm for {dtype} on {device_type}")
+        kernels = _cpu_library.library()
+        return Backend("aten", kernels) if isinstance(kernels, str) else _CPP
     return Backend("reference", f"no tested kernel for {dtype} on {device_type}; plain torch is always right")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gnswap._errors import ArgumentError
-from gnswap.ops import _aten, _reference
+from gnswap.ops import _aten, _cpu, _reference
 from gnswap.ops._activations import ACTIVATIONS
 from gnswap.ops._backend import DTYPES, choose_backend
 from gnswap.ops._reference import accumulation_dtype, memory_format
@@ -45,7 +45,7 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
         with torch.cuda.device(x.device):
             return _launch.forward(x, *args)
-    return _aten.group_norm(x, *args)
+    return (_cpu if backend == "cpp" else _aten).group_norm(x, *args)
 
 
 @torch.library.custom_op(
@@ -85,7 +85,7 @@ def group_norm_backward_op(
             with torch.cuda.device(x.device):
                 gradients = _launch.backward(*arguments)
         else:
-            gradients = _aten.group_norm_backward(*arguments)
+            gradients = (_cpu if backend == "cpp" else _aten).group_norm_backward(*arguments)
     return tuple(
         gradient if wanted and gradient is not None else x.new_empty(0)
         for gradient, wanted in zip(gradients, mask, strict=True)

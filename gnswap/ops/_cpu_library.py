@@ -1,0 +1,187 @@
+"""The C++ kernels as a library: compiled on first use, kept in the user's cache, loaded into torch.
+
+Why compiled on the user's machine: the wheel stays pure Python, no torch is dragged into an isolated build, and one
+set of sources serves every platform that has a compiler. The library uses torch's stable ABI only, so what was
+compiled once serves every Python and every torch from 2.10 on. Why all instruction sets in one file, chosen when it
+is loaded: a home directory may be shared by machines that differ.
+
+Nothing happens at import. Without a compiler everything works, on ATen, and one log line says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden"]
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# No -ffast-math anywhere: with it GCC before 13 links code that flushes subnormal numbers in the whole process.
+_FMA = ["-mavx2", "-mfma", "-mf16c"]
+_ISA_FLAGS = {
+    "generic": [],
+    "avx2": _FMA,
+    "avx512": [*_FMA, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
+}
+_COMPILE_SECONDS = 600.0
+_log = logging.getLogger("gnswap")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library: its file, the instruction set it chose, and the compiler that made it."""
+
+    path: Path
+    isa: str
+    compiler: str
+
+
+class _CannotBuildError(Exception):
+    """Why there are no C++ kernels; never leaves this module."""
+
+
+_lock = threading.Lock()
+_state: Library | str | None = None  # a text: why there is none
+
+
+def library() -> Library | str:
+    """The C++ kernels, or why they cannot be had.
+
+    The first call of a process loads them, and the first on a machine compiles them, which takes some ten seconds.
+    Where they cannot be had, that call logs one warning. GNSWAP_CPU_KERNEL=off (or 0) turns them off;
+    GNSWAP_CPU_ISA=generic, avx2 or avx512 chooses the instruction set; CXX names the compiler.
+    """
+    global _state
+    if _state is None:
+        with _lock:
+            if _state is None:
+                _state = _load()
+    return _state
+
+
+def _load() -> Library | str:
+    switch = os.environ.get("GNSWAP_CPU_KERNEL")
+    if switch in ("0", "off"):
+        return f"GNSWAP_CPU_KERNEL={switch}"
+    try:
+        path = _built()
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        return _described(path)
+    except (_CannotBuildError, OSError) as error:
+        _log.warning("GroupNorm runs on ATen, not on the C++ kernels: %s", error)
+        return str(error)
+
+
+def _described(path: Path) -> Library:
+    functions = ctypes.CDLL(str(path))
+    functions.gnswap_cpu_isa.restype = functions.gnswap_cpu_compiler.restype = ctypes.c_char_p
+    wanted = os.environ.get("GNSWAP_CPU_ISA")
+    if wanted and not functions.gnswap_cpu_use_isa(wanted.encode()):
+        raise _CannotBuildError(f"GNSWAP_CPU_ISA={wanted} is not an instruction set of this machine")
+    return Library(path, functions.gnswap_cpu_isa().decode(), functions.gnswap_cpu_compiler().decode())
+
+
+def _built() -> Path:
+    """The library's file in the cache, compiled if it is not there yet."""
+    sources = sorted(_SOURCES.iterdir())
+    digest = hashlib.sha256(repr((_FLAGS, _ISA_FLAGS, platform.machine(), sys.platform)).encode())
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gnswap"
+    path = directory / f"gnswap_cpu-{digest.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    compiler = _compiler()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / f"{path.stem}.lock"):
+            if not path.exists():  # another process may have been first
+                _log.info("compiling the C++ GroupNorm kernels with %s, once, into %s", compiler[0], path)
+                with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as build:
+                    _compile(compiler, Path(build)).replace(path)
+    except OSError as error:
+        raise _CannotBuildError(f"cannot write the cache directory {directory}: {error}") from error
+    return path
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise _CannotBuildError(
+        f"CXX={named[0]} is not a program" if named else "no C++ compiler found; install g++ or set CXX"
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock, where the system has them: without it processes compile side by side, and each renames."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: list[str], build: Path) -> Path:
+    torch_directory = Path(torch.__file__).parent
+    isas = list(_ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+    jobs = [["op.cpp", "-I", str(torch_directory / "include"), "-fvisibility-inlines-hidden"]]
+    jobs += [["kernels.cpp", f"-DGNSWAP_ISA={isa}", *_ISA_FLAGS[isa]] for isa in isas]
+    objects = [str(build / f"{index}.o") for index in range(len(jobs))]
+    _run_all(
+        [
+            [*compiler, *_FLAGS, "-c", str(_SOURCES / job[0]), *job[1:], "-o", target]
+            for job, target in zip(jobs, objects, strict=True)
+        ]
+    )
+    result = build / "library.so"
+    # the libraries of torch are in the process already and are found by name
+    libraries = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-ltorch"]
+    link = ["-shared", *objects, "-L", str(torch_directory / "lib"), *libraries]
+    _run_all([[*compiler, *link, "-o", str(result)]])
+    return result
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Run compiler commands side by side; the first that fails is the reason."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        running += [
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for command in commands
+        ]
+        for process in running:
+            _, errors = process.communicate(timeout=_COMPILE_SECONDS)
+            if process.returncode:
+                lines = (
+                    [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no output"]
+                )
+                raise _CannotBuildError(f"{commands[0][0]} failed with code {process.returncode}: {lines[0]}")
+    except subprocess.TimeoutExpired as error:
+        raise _CannotBuildError(f"{commands[0][0]} did not finish in {_COMPILE_SECONDS:.0f} s") from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

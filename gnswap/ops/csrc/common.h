@@ -1,0 +1,147 @@
+// What forward and backward share: scratch memory, how a sample is cut into pieces, the closed form per channel.
+//
+// Order of summation. A sample is cut into pieces by its shape alone (never by N or by the number of threads), a piece
+// is summed by one thread in one order, and pieces are merged in their order in double. So a sample has the same bits
+// alone, in any batch and with any number of threads; threads only decide who computes a piece.
+#pragma once
+#include <cstdlib>
+
+#include "act.h"
+
+namespace gnswap {
+namespace {
+
+constexpr int64_t kBlock = 4096;      // elements of a row that are summed in fp32 before going to double
+constexpr int64_t kSmallWork = 16384; // elements that are not worth a second thread
+
+GNSWAP_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+GNSWAP_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+GNSWAP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Grow-only memory that a thread keeps for its next call: an allocation of this size would be new pages each time.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = ceil_div(bytes, 4096) * 4096;
+      memory_ = std::aligned_alloc(64, static_cast<size_t>(size_));
+      if (memory_ == nullptr) std::abort();  // a few MB could not be had
+    }
+    return memory_;
+  }
+  // Where the caller of the op keeps what its threads share, and where a thread keeps what is its own.
+  static void* shared(int64_t bytes) { static thread_local Scratch s; return s.at_least(bytes); }
+  static void* own(int64_t bytes) { static thread_local Scratch s; return s.at_least(bytes); }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Whether threads share out whole groups, [N, C, S]; else the pieces of all groups.
+GNSWAP_INLINE bool group_to_a_thread(const Problem& p) {
+  return p.N * p.G >= 2 * p.threads || p.C / p.G * p.S < 2 * kSmallWork;
+}
+
+// Calls f(unit) for each unit, on several threads where a unit is `elements` long and that is worth it.
+template <class F> void for_each(const Problem& p, int64_t units, int64_t elements, const F& f) {
+  const auto body = [](void* context, int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) (*static_cast<const F*>(context))(unit);
+  };
+  const int64_t grain = max(1, kSmallWork / max(1, elements));
+  if (p.threads <= 1 || units <= grain) {
+    body(const_cast<F*>(&f), 0, units);
+  } else {
+    p.parallel_for(units, grain, body, const_cast<F*>(&f));
+  }
+}
+
+// The steps of one output: with d = x - shift,  xhat = d * inner + inner_bias  and  z = d * slope + offset.
+// `shift` is the value of x that the group's mean has in this channel, so that d loses no digits however far
+// the mean lies from zero; its rounding is made good in the two offsets.
+template <class R> struct Channel { R shift, slope, offset, inner, inner_bias; };
+
+template <class R> GNSWAP_INLINE Channel<R> channel(const Problem& p, int64_t c, double mean, double rstd) {
+  const R a = static_cast<const R*>(p.scale)[c], b = static_cast<const R*>(p.shift)[c];
+  const R w = static_cast<const R*>(p.weight)[c], o = static_cast<const R*>(p.bias)[c];
+  R shift = static_cast<R>(mean - b) / a;
+  shift = shift < R(1e30) && shift > R(-1e30) ? shift : R(0);  // a channel with scale 0
+  const R inner = static_cast<R>(a * rstd);
+  const R inner_bias = static_cast<R>((static_cast<double>(a) * shift + b - mean) * rstd);
+  return {shift, inner * w, inner_bias * w + o, inner, inner_bias};
+}
+
+// Channel's fields, along and across (see backward.h), each an array [C].
+template <class R> struct Coefficients {
+  R *shift, *slope, *offset, *inner, *inner_bias, *along, *across;
+  static constexpr int64_t kArrays = 7;
+  // `stride` values an array: C and some, lest all arrays lie on the same lines of the cache
+  Coefficients(R* p, int64_t stride)
+      : shift(p), slope(p + stride), offset(p + 2 * stride), inner(p + 3 * stride), inner_bias(p + 4 * stride),
+        along(p + 5 * stride), across(p + 6 * stride) {}
+};
+
+GNSWAP_INLINE int64_t padded(int64_t count) { return ceil_div(count, 16) * 16 + 32; }
+
+// Writes the coefficients of the channels of one group.
+template <class R>
+GNSWAP_NOINLINE void set_group(const Problem& p, int64_t g, double mean, double rstd, const Coefficients<R>& out) {
+  const int64_t D = p.C / p.G;
+  const auto set = [&](int64_t c) {
+    const Channel<R> k = channel<R>(p, c, mean, rstd);
+    out.shift[c] = k.shift;
+    out.slope[c] = k.slope;
+    out.offset[c] = k.offset;
+    out.inner[c] = k.inner;
+    out.inner_bias[c] = k.inner_bias;
+  };
+  if (p.order) {
+    for (int64_t i = 0; i < D; ++i) set(p.order[g * D + i]);
+  } else {
+#pragma GCC ivdep
+    for (int64_t c = g * D; c < (g + 1) * D; ++c) set(c);
+  }
+}
+
+// `p + at`, or null where p is null
+template <class T> GNSWAP_INLINE T* offset(T* p, int64_t at) { return p ? p + at : nullptr; }
+
+GNSWAP_INLINE int64_t channel_index(const Problem& p, int64_t position) {
+  return p.order ? p.order[position] : position;
+}
+
+// How the `rows` rows of a group in an [N, C, S] tensor are cut: pieces of whole rows, or of a part of one long row.
+struct Cut {
+  int64_t rows, length, rows_a_piece, pieces_a_row, pieces;
+  Cut(int64_t rows_, int64_t length_) : rows(rows_), length(length_) {
+    rows_a_piece = max(1, kBlock / length);
+    pieces_a_row = ceil_div(length, kBlock);
+    pieces = ceil_div(rows, rows_a_piece) * pieces_a_row;
+  }
+  struct Piece { int64_t first_row, last_row, begin, end; };
+  Piece piece(int64_t i) const {
+    if (pieces == 1) return {0, rows, 0, length};  // the common case, without divisions
+    const int64_t row = i / pieces_a_row * rows_a_piece, begin = i % pieces_a_row * kBlock;
+    return {row, min(rows, row + rows_a_piece), begin, min(length, begin + kBlock)};
+  }
+};
+
+struct Moments { double mean, m2; };  // m2: sum of squared deviations from the mean
+
+// From sums of d and d * d over n elements, d relative to `reference`.
+GNSWAP_INLINE Moments moments(double reference, double sum, double squares, double n) {
+  const double delta = sum / n, m2 = squares - sum * delta;
+  return {reference + delta, m2 > 0 ? m2 : 0};
+}
+
+GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { return 1 / __builtin_sqrt(m2 / n + eps); }
+
+// Rows of an [S, C] sample that one thread sums at a time: some 32 000 elements.
+GNSWAP_INLINE int64_t rows_per_chunk(const Problem& p) {
+  return max(16, min(512, 32768 / p.C / 8 * 8));
+}
+
+}  // namespace
+}  // namespace gnswap
