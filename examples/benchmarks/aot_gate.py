@@ -128,7 +128,7 @@ def launches(case: Case) -> tuple[str, list[Launch]]:
     order = meta(case.channels, dtype=torch.int64) if case.ordered else None
     channels = (x if case.residual else None, vector, vector, order)
     machine = MACHINES[case.arch]
-    call = _launch.Call(x, case.num_groups, case.act, case.ordered, case.backward, machine, None, record)
+    call = _launch.Call(x, case.num_groups, case.act, case.residual, case.ordered, case.backward, machine, None, record)
     if case.backward:
         statistics = meta(1, case.num_groups)
         mask = [True, True, True, case.residual, False, False]

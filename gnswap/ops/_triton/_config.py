@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Elements that 16 warps hold in registers without spilling: forward one tensor, backward two. erf takes registers of
-# its own, and so do the factors of each channel in channels_last.
+# Elements that 16 warps hold in registers without spilling: forward one tensor, backward two. A residual in fp32 and
+# erf take registers of their own, and so do the factors of each channel in channels_last.
 _CAPACITY_FORWARD, _CAPACITY = 32768, 16384
 # A flat tile keeps the factors of every element, and its backward scans three of its size for the channels' sums.
 _CAPACITY_FLAT_BACKWARD = 4096
@@ -25,7 +25,7 @@ _ELEMENTS_PER_WARP, _ELEMENTS_PER_WARP_FLAT, _ELEMENTS_PER_WARP_FLAT_BACKWARD = 
 _STREAM_BLOCK = 2048
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4096, 16384
 # Partial results that one program merges at once
-_MOST_PARTS, _MOST_SLABS = 1024, 64
+_MOST_PARTS, _MOST_SLABS = 1024, 128
 # A memory transaction is 32 bytes; two of them keep DRAM bursts whole.
 _SECTOR_BYTES, _BURST_BYTES = 32, 64
 # Clusters are compiled and checked for this architecture only.
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One sample's problem: G groups of D channels, S positions, bytes of an element, layout, direction, activation."""
+    """One sample's problem: G groups of D channels, S positions, bytes of an element, and what is done with them."""
 
     num_groups: int
     channels_per_group: int
@@ -52,6 +52,7 @@ class Problem:
     ordered: bool = False
     backward: bool = False
     act: str | None = None
+    residual: bool = False
 
     @property
     def channels(self) -> int:
@@ -111,7 +112,8 @@ def choose_config(problem: Problem, machine: Machine) -> Config:
 
 
 def _contiguous(problem: Problem, machine: Machine) -> Config:
-    capacity = _CAPACITY if problem.backward or problem.act == "gelu" else _CAPACITY_FORWARD
+    crowded = problem.backward or problem.act == "gelu" or (problem.residual and problem.itemsize == 4)
+    capacity = _CAPACITY if crowded else _CAPACITY_FORWARD
     aligned = problem.positions * problem.itemsize % _VECTOR_BYTES == 0
     columns = _power_of_two(problem.group_size)
     if not aligned and not problem.ordered and columns <= (_CAPACITY_FLAT_BACKWARD if problem.backward else capacity):

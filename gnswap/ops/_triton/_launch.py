@@ -22,6 +22,9 @@ from gnswap.ops._triton import _kernels_split as split
 from gnswap.ops._triton import _kernels_tile as tile
 from gnswap.ops._triton._config import Config, Machine, Problem, choose_config
 
+# Offsets in a sample are 32-bit below this many elements.
+_FIRST_WIDE = 2**31
+
 #: (kernel, programs, arguments, num_warps, num_ctas) -> launches it
 Run = Callable[[Any, int, dict[str, Any], int, int], None]
 
@@ -46,6 +49,7 @@ class Call:
         x: Tensor,
         num_groups: int,
         act: str | None,
+        residual: bool,
         ordered: bool,
         backward: bool,
         machine: Machine | None,
@@ -65,10 +69,11 @@ class Call:
             ordered=ordered,
             backward=backward,
             act=act,
+            residual=residual,
         )
         self.config = config or choose_config(self.problem, machine or machine_of(x.device))
         self.run = run
-        wide = self.c * self.s >= 2**31
+        wide = self.c * self.s >= _FIRST_WIDE
         self.sizes: dict[str, Any] = {"G": num_groups, "D": self.d, "WIDE": wide}
         if self.problem.channels_last:
             self.sizes["S"] = self.s
@@ -134,7 +139,7 @@ def forward(
         config: a cut to use instead of the chosen one.
         run: what launches a kernel.
     """
-    call = Call(x, num_groups, act, channel_order is not None, False, machine, config, run)
+    call = Call(x, num_groups, act, residual is not None, channel_order is not None, False, machine, config, run)
     weight, bias, channel_scale, channel_shift, channel_order = map(
         _dense, (weight, bias, channel_scale, channel_shift, channel_order)
     )
@@ -241,7 +246,7 @@ def backward(
     `mask` says which of the six gradients are wanted. Those of `channel_scale` and `channel_shift` are not computed
     here: they are constants of a conversion, so `_aten` has to do for whoever trains them.
     """
-    call = Call(x, num_groups, act, channel_order is not None, True, machine, config, run)
+    call = Call(x, num_groups, act, residual is not None, channel_order is not None, True, machine, config, run)
     weight, bias, channel_scale, channel_shift, channel_order = map(
         _dense, (weight, bias, channel_scale, channel_shift, channel_order)
     )
