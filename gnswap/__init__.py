@@ -6,6 +6,7 @@ call: `convert`) → your own training or `save`/`load` → `export_onnx` → `v
 
 from gnswap import ops
 from gnswap._apply import apply
+from gnswap._calibrate import calibrate
 from gnswap._convert import Conversion, ConversionReport, convert
 from gnswap._errors import (
     ArgumentError,
@@ -27,6 +28,7 @@ from gnswap._export import ExportReport, export_onnx
 from gnswap._fidelity import Fidelity, compare
 from gnswap._inspect import inspect
 from gnswap._layer import FusedGroupNorm
+from gnswap._moments import ChannelStatistics, Moments
 from gnswap._norms import NormState, register_norm
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CalibrationError",
+    "ChannelStatistics",
     "Conversion",
     "ConversionReport",
     "Decision",
@@ -50,6 +53,7 @@ __all__ = [
     "Inventory",
     "MissingDependencyError",
     "ModelError",
+    "Moments",
     "NormState",
     "NothingToSwapError",
     "Parity",
@@ -63,6 +67,7 @@ __all__ = [
     "ValidationError",
     "WrappedModelError",
     "apply",
+    "calibrate",
     "compare",
     "convert",
     "export_onnx",

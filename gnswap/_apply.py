@@ -6,15 +6,14 @@ last layer is built, and the swap itself is a handful of assignments that are ta
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gnswap import _sites
-from gnswap._algebra import standardise
+from gnswap._build import build_layer
 from gnswap._carry import carry_over, copied, replace_all
 from gnswap._errors import ArgumentError, ModelError, NothingToSwapError, PlanMismatchError
 from gnswap._layer import FusedGroupNorm
-from gnswap._norms import NormState, read_norm, type_name
+from gnswap._norms import read_norm, type_name
 from gnswap._records import Decision, Plan
 from gnswap._survey import survey
 
@@ -67,7 +66,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     target = model if inplace else copied(model)
     norms = dict(_sites.find_norms(target))
     swaps = [(decision, norms[decision.paths]) for decision in plan.swaps]
-    layers = [_build(norm, decision) for decision, norm in swaps]
+    layers = [_replacement(norm, decision) for decision, norm in swaps]
     root = replace_all(target, [decision.paths for decision, _ in swaps], layers)
     root.__dict__["_gnswap"] = _sites.Applied(plan, _sites.digest(root))
     return root
@@ -141,57 +140,8 @@ def _check_swap(module: nn.Module, decision: Decision, reason: str | None) -> No
         )
 
 
-def _build(norm: nn.Module, decision: Decision) -> FusedGroupNorm:
-    """The layer that stands for `norm`, which is only read."""
-    state = read_norm(norm)
-    layer = FusedGroupNorm(decision.num_groups, state.num_channels, state.eps, affine=False, softness=decision.softness)
-    layer.affine = state.weight is not None
-    layer.register_parameter("weight", _as_parameter(state.weight))
-    layer.register_parameter("bias", _as_parameter(state.bias))
-    _set_constants(layer, state, decision)
-    layer.drop, layer.act = state.drop, state.act
+def _replacement(norm: nn.Module, decision: Decision) -> FusedGroupNorm:
+    """The layer that stands for `norm`, with everything of it that is neither parameter nor statistic."""
+    layer, state = build_layer(norm, decision), read_norm(norm)
     carry_over(norm, layer, weight=state.weight, bias=state.bias)
     return layer
-
-
-def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    """A `Parameter` as it is; a frozen layer's buffer as one that does not train, on the same memory."""
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _set_constants(layer: FusedGroupNorm, state: NormState, decision: Decision) -> None:
-    some = next((t for t in (state.running_var, state.weight, state.bias) if t is not None), None)
-    device = None if some is None else some.device
-    order, signs = (
-        None if values is None else torch.tensor(values, device=device)
-        for values in (decision.channel_order, decision.signs)
-    )
-    layer.channel_order = order
-    if decision.standardise and state.running_mean is not None and state.running_var is not None:
-        constants = standardise(
-            state.running_mean,
-            state.running_var,
-            state.eps,
-            decision.num_groups,
-            softness=decision.softness,
-            channel_order=order,
-            signs=signs,
-        )
-        layer.channel_scale, layer.channel_shift, layer.channel_gain = constants.scale, constants.shift, constants.gain
-        if not (layer.channel_scale.is_meta or _all_finite(constants.scale, constants.shift, constants.gain)):
-            raise ModelError(
-                "the standardisation is not finite",
-                where=decision.name,
-                expected=f"values that {constants.scale.dtype} can hold",
-                fix="Convert the model in float32, then cast it.",
-            )
-    elif signs is not None:
-        dtype = torch.get_default_dtype() if some is None else some.dtype
-        layer.channel_scale = layer.channel_gain = signs.to(dtype)
-        layer.channel_shift = torch.zeros_like(layer.channel_scale)
-
-
-def _all_finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from gnswap._apply import apply
-from gnswap._errors import ArgumentError
 from gnswap._fidelity import Fidelity, compare
+from gnswap._moments import ChannelStatistics
 from gnswap._plan import plan as make_plan
 from gnswap._record import Record
 from gnswap._records import Plan
+from gnswap._running import kept_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ def convert(
     softness: float | Literal["auto"] = "auto",
     max_softness: float = 1.0,
     fidelity: float | None = None,
-    order: Literal["auto", "natural"] = "auto",
-    calibration: Iterable[Any] | None = None,
+    order: Literal["auto", "natural"] | Mapping[str, Sequence[int]] = "auto",
+    calibration: Iterable[Any] | ChannelStatistics | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -69,8 +70,8 @@ def convert(
     Args:
         model: any network with BatchNorm, on any device.
         groups, group_size, softness, max_softness, fidelity, order, include, exclude, overrides: see `gnswap.plan`.
-        calibration: input batches (tensors, or tuples whose first item is the input), read once. The fidelity of the
-            converted network is measured on them.
+        calibration: see `gnswap.plan`; read once. The fidelity of the converted network is measured on these photos
+            (not on statistics of them): a little too good, since they also chose the plan.
 
     Returns:
         The converted network (a copy), the plan, and a report.
@@ -88,14 +89,9 @@ def convert(
         >>> conversion.report.swapped, conversion.report.fidelity.photos
         (1, 2)
     """
-    if isinstance(calibration, Tensor | str):
-        raise ArgumentError(
-            "calibration is no iterable of batches",
-            where="convert.calibration",
-            expected="batches, such as a list of tensors or a DataLoader",
-            found=type(calibration).__qualname__,
-            fix="A single batch goes in a list: [batch].",
-        )
+    photos = None
+    if calibration is not None and not isinstance(calibration, ChannelStatistics):
+        calibration = photos = kept_batches(calibration)
     plan = make_plan(
         model,
         groups=groups,
@@ -110,7 +106,7 @@ def convert(
         overrides=overrides,
     )
     converted = apply(model, plan)
-    measured = None if calibration is None else compare(model, converted, calibration)
+    measured = None if photos is None else compare(model, converted, photos)
     notes = [f"kept {decision.name}: {decision.reason}" for decision in plan.kept]
     notes += plan.notes
     if fidelity is not None and measured is not None:

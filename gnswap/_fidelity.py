@@ -12,16 +12,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._errors import ArgumentError
 from gnswap._layer import FusedGroupNorm
 from gnswap._record import Record
+from gnswap._running import chunks, eval_mode, flat, no_photos, placed
 
 SURE = 0.5  # top-1 probability above which the original is called sure
 _ROWS = 8  # photos at a time while layers are compared: all norms' outputs of so many are held at once
@@ -102,21 +103,16 @@ def compare(original: nn.Module, converted: nn.Module, batches: Iterable[Any], *
     """
     names = _swapped(original, converted) if layers else []
     answers, errors = _Answers(classifier=getattr(original, "num_classes", None) != 0), _Errors(names)
-    with _eval_mode(original, converted), torch.no_grad():
-        for x, labels in _chunks(batches, _ROWS if names else None):
+    with eval_mode(original, converted), torch.no_grad():
+        for x, labels in chunks(batches, _ROWS if names else None):
             with errors.hooked(original, errors.keep):
-                expected = _flat(original(_placed(x, original)))
+                expected = flat(original(placed(x, original)))
             with errors.hooked(converted, errors.meet):
-                found = _flat(converted(_placed(x, converted)))
+                found = flat(converted(placed(x, converted)))
             errors.finish()
             answers.add(len(x), expected, found, labels)
     if not answers.photos:
-        raise CalibrationError(
-            "there are no photos to compare on",
-            where="batches",
-            expected="one batch or more",
-            fix="An iterator can be read only once: pass a list or a PhotoBatches.",
-        )
+        raise no_photos("compare on")
     return answers.result(errors.result())
 
 
@@ -254,56 +250,6 @@ def _swapped(original: nn.Module, converted: nn.Module) -> list[str]:
             fix="Pass the network that the other one was converted from, or layers=False.",
         )
     return names
-
-
-def _chunks(batches: Iterable[Any], rows: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for batch in batches:
-        x, *rest = batch if isinstance(batch, tuple | list) and batch else (batch,)
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            raise CalibrationError(
-                "a batch is no tensor",
-                where="batches",
-                expected="a tensor, or a tuple whose first item is one",
-                found=type(x).__name__,
-            )
-        labels = rest[0] if rest and isinstance(rest[0], Tensor) else None
-        if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
-            labels = None
-        step = rows or max(len(x), 1)
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            yield x[part], None if labels is None else labels[part]
-
-
-def _placed(x: Tensor, model: nn.Module) -> Tensor:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return x.to(tensor.device, tensor.dtype if x.is_floating_point() else None)
-    return x
-
-
-def _flat(output: Any) -> list[Tensor]:
-    """Every floating tensor in an output of tensors, tuples, lists and mappings, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in _flat(item)]
-    return []
-
-
-@contextlib.contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for all of them; afterwards every module has its own flag again."""
-    flags = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _ratio(part: float, whole: int) -> float | None:

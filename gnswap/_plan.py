@@ -18,9 +18,11 @@ from torch import nn
 
 from gnswap import _grouping
 from gnswap._errors import PlanError
+from gnswap._moments import ChannelStatistics
 from gnswap._policy import Policy, Selection
 from gnswap._records import Decision, Plan, Site
 from gnswap._survey import survey
+from gnswap._tuning import tuned
 
 
 def plan(
@@ -31,8 +33,8 @@ def plan(
     softness: float | Literal["auto"] = "auto",
     max_softness: float = 1.0,
     fidelity: float | None = None,
-    order: Literal["auto", "natural"] = "auto",
-    calibration: Iterable[Any] | None = None,
+    order: Literal["auto", "natural"] | Mapping[str, Sequence[int]] = "auto",
+    calibration: Iterable[Any] | ChannelStatistics | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -56,8 +58,13 @@ def plan(
         max_softness: bound of "auto".
         fidelity: target for the share of photos with an unchanged top-1 class, in (0, 1]. Needs `calibration`.
             Photos do not choose anything yet: `convert` measures whether the target is met.
-        order: which channels share a group: "natural" is neighbours; "auto" too, as long as photos do not choose.
-        calibration: input batches. A plan does not read them yet; `convert` measures fidelity on them.
+        order: which channels share a group. "natural" is neighbours, with their own signs; "auto" is what the photos
+            say, neighbours without photos; a mapping from glob or path to a permutation of the layer's channels is
+            the user's own for those layers, "auto" for the others.
+        calibration: input batches (tensors, or tuples whose first item is the input), or what `gnswap.calibrate`
+            made of them. 64 to 256 unlabelled photos like those that the network is for. They are read once and held in
+            memory, and it does not matter in which order or batches they come: a quarter of them, chosen by
+            content, judges what the others suggest.
         include: glob or globs over module paths: only these layers are swapped.
         exclude: glob or globs: these are kept.
         overrides: for single layers: a mapping from glob or path to a mapping with any of "groups", "group_size",
@@ -82,19 +89,19 @@ def plan(
     policy = Policy(groups, group_size, softness, max_softness, fidelity, order)
     policy.check(calibrated=calibration is not None)
     inventory = survey(model)
-    selection = Selection.read(include, exclude, overrides, inventory.sites)
+    selection = Selection.read(include, exclude, overrides, order, inventory.sites)
     choices = [_decide(site, policy, selection) for site in inventory.sites]
     _warn_of_changed_groups([choice for choice in choices if choice.changed])
     notes = list(inventory.notes)
-    if fidelity is not None:
-        notes.append(f"fidelity={fidelity:g} is measured, not aimed at: photos do not choose anything yet")
-    elif calibration is not None:
-        notes.append("every choice was made without photos; they serve to measure the fidelity")
+    decisions = [choice.decision for choice in choices]
+    if calibration is not None:
+        decisions, found = tuned(model, decisions, policy, calibration, inventory.fingerprint)
+        notes += found
     return Plan(
         fingerprint=inventory.fingerprint,
         model=inventory.model,
-        decisions=tuple(choice.decision for choice in choices),
-        options={**dataclasses.asdict(policy), "calibrated": calibration is not None, **selection.options()},
+        decisions=tuple(decisions),
+        options={**policy.options(), "calibrated": calibration is not None, **selection.options()},
         notes=tuple(notes),
         versions=_versions(),
     )
@@ -133,6 +140,9 @@ def _decide(site: Site, policy: Policy, selection: Selection) -> _Choice:
         reasons.append("one channel per group is InstanceNorm: asked for by name")
     if not site.running_stats:
         reasons.append("no running statistics to standardise with: plain GroupNorm")
+    given = selection.order(site)
+    if given is not None:
+        reasons.append("order as given")
     decision = Decision(
         paths=site.paths,
         norm_type=site.norm_type,
@@ -142,6 +152,7 @@ def _decide(site: Site, policy: Policy, selection: Selection) -> _Choice:
         num_groups=num_groups,
         softness=softness,
         standardise=site.running_stats,
+        channel_order=given,
     )
     return _Choice(decision, changed)
 

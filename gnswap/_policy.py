@@ -34,7 +34,7 @@ class Policy:
     softness: float | str
     max_softness: float
     fidelity: float | None
-    order: str
+    order: str | Mapping[str, Sequence[int]]
 
     def check(self, *, calibrated: bool) -> None:
         if self.groups != "auto":
@@ -51,9 +51,12 @@ class Policy:
         if self.softness != "auto":
             _require_softness("softness", self.softness, also='"auto"')
         _require_softness("max_softness", self.max_softness)
-        if self.order not in ("auto", "natural"):
+        if self.order not in ("auto", "natural") and not isinstance(self.order, Mapping):
             raise ArgumentError(
-                "unknown order", where="plan.order", expected='"auto" or "natural"', found=repr(self.order)
+                "unknown order",
+                where="plan.order",
+                expected='"auto", "natural", or a mapping from path or glob to a permutation',
+                found=f"{self.order!r:.80}",
             )
         if self.fidelity is None:
             return
@@ -71,6 +74,11 @@ class Policy:
                 fix="Pass calibration= an iterable of input batches, or leave fidelity out.",
             )
 
+    def options(self) -> dict[str, Any]:
+        """The options as JSON has them; an order of the user's own stands in the decisions."""
+        order = self.order if isinstance(self.order, str) else "given"
+        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "order": order}
+
     def base_softness(self) -> tuple[float, str]:
         if isinstance(self.softness, str):
             return min(DEFAULT_SOFTNESS, self.max_softness), "the default without photos"
@@ -79,14 +87,15 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The options that tell layers apart: include, exclude, overrides."""
+    """The options that tell layers apart: include, exclude, overrides, orders of the user's own."""
 
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     overrides: dict[str, dict[str, Any]]
+    orders: dict[str, tuple[int, ...]]
 
     @classmethod
-    def read(cls, include: Any, exclude: Any, overrides: Any, sites: Sequence[Site]) -> Selection:
+    def read(cls, include: Any, exclude: Any, overrides: Any, order: Any, sites: Sequence[Site]) -> Selection:
         if overrides is not None and not isinstance(overrides, Mapping):
             raise ArgumentError(
                 "overrides is no mapping",
@@ -99,11 +108,13 @@ class Selection:
             None if include is None else _globs("include", include),
             () if exclude is None else _globs("exclude", exclude),
             named,
+            {pattern: _permutation(pattern, order[pattern]) for pattern in order} if isinstance(order, Mapping) else {},
         )
         for option, patterns in (
             ("include", selection.include or ()),
             ("exclude", selection.exclude),
             ("overrides", tuple(named)),
+            ("order", tuple(selection.orders)),
         ):
             for pattern in patterns:
                 _require_match(f"plan.{option}", pattern, sites)
@@ -132,6 +143,11 @@ class Selection:
             merged.update(said)
         return {**merged, "named": bool(exact)}
 
+    def order(self, site: Site) -> tuple[int, ...] | None:
+        """The order given for this site: under its own path, or under the last glob that fits."""
+        fitting = [pattern for pattern in self.orders if _fits(site, pattern)]
+        return self.orders[max(fitting, key=lambda pattern: _names(site, pattern))] if fitting else None
+
     def options(self) -> dict[str, Any]:
         """The three options as JSON has them."""
         return {
@@ -139,6 +155,17 @@ class Selection:
             "exclude": list(self.exclude),
             "overrides": {pattern: dict(override) for pattern, override in self.overrides.items()},
         }
+
+
+def _permutation(pattern: Any, order: Any) -> tuple[int, ...]:
+    if not isinstance(order, Sequence) or not all(isinstance(channel, int) for channel in order):
+        raise ArgumentError(
+            "an order is no permutation",
+            where=f'plan.order["{pattern}"]',
+            expected="the layer's channels as whole numbers, in a list",
+            found=f"{order!r:.80}",
+        )
+    return tuple(order)
 
 
 def _names(site: Site, pattern: str) -> bool:

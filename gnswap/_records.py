@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from typing import Any, Literal, Self
 
 from gnswap._errors import PlanError
@@ -109,6 +110,9 @@ class Decision(Record):
         standardise: whether the running statistics standardise the input first.
         channel_order: permutation of C; groups are D consecutive entries of it. None is the natural order.
         signs: +1 or -1 per channel, in natural order; None is all +1.
+        gain: factor on gamma per channel, in natural order, fitted to photos; None is all 1.
+        offset: added to beta per channel, fitted to photos; None is all 0.
+        evidence: figures that the decision rests on, by name; see `gnswap.plan`.
     """
 
     paths: tuple[str, ...]
@@ -121,6 +125,9 @@ class Decision(Record):
     standardise: bool = True
     channel_order: tuple[int, ...] | None = None
     signs: tuple[int, ...] | None = None
+    gain: tuple[float, ...] | None = None
+    offset: tuple[float, ...] | None = None
+    evidence: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -146,6 +153,10 @@ class Decision(Record):
             )
         if self.signs is not None and (len(self.signs) != channels or set(self.signs) - {-1, 1}):
             raise PlanError("wrong signs", where=where, expected=f"{channels} times +1 or -1")
+        for field in ("gain", "offset"):
+            values = getattr(self, field)
+            if values is not None and not (len(values) == channels and all(map(math.isfinite, values))):
+                raise PlanError(f"wrong {field}", where=where, expected=f"{channels} finite numbers")
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
     | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
     | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
-    frozenset({"ops._op", "ops"}),
+    frozenset({"ops._op", "ops._direct", "ops"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
         | {"_running", "_build", "_trial", "_moments", "_tuning"}
@@ -72,6 +72,8 @@ SAME_FLOOR = {
     ("ops._triton._launch", "ops._triton._kernels_channels_last_backward"): "the same",
     ("ops._backend", "ops._cpu_library"): "whether the C++ kernels can be had decides the choice",
     ("ops._cpu", "ops._aten"): "what the C++ kernels do not take goes to ATen",
+    ("ops._direct", "ops._op"): "the short way shares the op's autograd",
+    ("ops", "ops._direct"): "the public function tries the short way first",
     ("ops", "ops._op"): "the public function is the checked call of the op",
     ("_record", "_errors"): "records refuse bad JSON with our errors",
     ("_records", "_record"): "the records are built on their base",

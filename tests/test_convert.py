@@ -76,7 +76,7 @@ def test_a_target_for_what_is_no_classifier() -> None:
 def test_photos_that_are_none() -> None:
     with pytest.raises(CalibrationError):
         convert(small_cnn(), calibration=[])
-    with pytest.raises(ArgumentError, match=r"no iterable of batches.*found Tensor.*in a list"):
+    with pytest.raises(ArgumentError, match=r"not an iterable of batches.*found Tensor.*in a list"):
         convert(small_cnn(), calibration=torch.randn(2, 3, 8, 8))
 
 

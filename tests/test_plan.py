@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from _models import ZOO, AliasedNorms, build, mlp, net_1d, small_cnn
 from torch import nn
 
-from gnswap._errors import ArgumentError, PlanError, WrappedModelError
+from gnswap._calibrate import calibrate
+from gnswap._errors import ArgumentError, PlanError, PlanMismatchError, WrappedModelError
 from gnswap._grouping import auto_groups
 from gnswap._plan import plan
 from gnswap._records import Decision, Plan
@@ -205,7 +205,7 @@ def test_refused_layers_are_kept_with_the_reason() -> None:
         ({"softness": -1}, "impossible softness"),
         ({"softness": float("inf")}, "impossible softness"),
         ({"max_softness": float("nan")}, "impossible softness.*max_softness"),
-        ({"order": "random"}, 'unknown order.*"auto" or "natural"'),
+        ({"order": "random"}, 'unknown order.*"auto", "natural", or a mapping'),
         ({"fidelity": 0.9}, "without photos.*Pass calibration="),
         ({"fidelity": 90, "calibration": []}, "impossible target"),
         ({"include": 3}, "include is no glob"),
@@ -251,15 +251,63 @@ def test_wrapped_models_are_refused() -> None:
 # photos
 
 
-def test_a_plan_does_not_read_the_photos_and_says_so() -> None:
-    def photos() -> Iterator[torch.Tensor]:
-        raise AssertionError("they were read")
-        yield
+def batches(count: int = 4) -> list[torch.Tensor]:
+    return list(torch.randn(8 * count, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(8))
 
-    made = plan(small_cnn(), calibration=photos())
-    assert made.decisions == plan(small_cnn()).decisions
-    assert "without photos" in made.notes[-1]
-    assert "not aimed at" in plan(small_cnn(), calibration=photos(), fidelity=0.9).notes[-1]
+
+def test_photos_choose_order_and_signs() -> None:
+    model, _ = build("plain")
+    made = plan(model, groups=4, calibration=iter(batches()))
+    assert any(decision.signs is not None for decision in made.swaps)
+    for decision in made.swaps:
+        assert decision.evidence["fluctuation"] <= decision.evidence["fluctuation_natural"]
+        assert "photos" in decision.reason
+    assert "24 photos" in made.notes[-1]
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_the_order_of_the_photos_does_not_matter() -> None:
+    model, _ = build("plain")
+    x = torch.cat(batches())
+    shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))]
+    assert plan(model, calibration=[x]) == plan(model, calibration=shuffled.split(5))
+
+
+def test_statistics_in_place_of_photos() -> None:
+    model, _ = build("plain")
+    statistics = calibrate(model, batches())
+    assert (
+        plan(model, groups=4, calibration=statistics).decisions
+        == plan(model, groups=4, calibration=batches()).decisions
+    )
+    with pytest.raises(PlanMismatchError, match=r"statistics are of another model.*gnswap\.calibrate"):
+        plan(net_1d(), calibration=statistics)
+
+
+def test_natural_order_is_left_alone() -> None:
+    made = plan(build("plain")[0], groups=4, calibration=batches(), order="natural")
+    assert all(decision.channel_order is None and decision.signs is None for decision in made.swaps)
+
+
+def test_too_few_photos_choose_nothing_and_it_is_said() -> None:
+    made = plan(build("plain")[0], calibration=[torch.randn(4, 3, 8, 8)])
+    assert all(decision.channel_order is None and decision.signs is None for decision in made.swaps)
+    assert all("4 samples reached the layer" in decision.reason for decision in made.swaps)
+
+
+def test_an_order_of_ones_own() -> None:
+    mine = list(range(15, -1, -1))
+    made = by_name(plan(small_cnn(), groups=4, order={"1": mine}))
+    assert made["1"].channel_order == tuple(mine)
+    assert made["4"].channel_order is None
+    with_photos = by_name(plan(build("plain")[0], groups=4, order={"1": mine}, calibration=batches()))
+    assert with_photos["1"].channel_order == tuple(mine)
+    with pytest.raises(PlanError, match="fits no norm layer"):
+        plan(small_cnn(), order={"7": mine})
+    with pytest.raises(PlanError, match=r"no permutation.*each of 0 to 15 once"):
+        plan(small_cnn(), order={"1": mine[1:]})
+    with pytest.raises(ArgumentError, match=r"an order is no permutation.*whole numbers"):
+        plan(small_cnn(), order={"1": "backwards"})
 
 
 def test_meta_device() -> None:

@@ -33,7 +33,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        "inspect", "plan", "apply", "convert", "revert", "save", "load", "compare", "export_onnx",
+        "calibrate", "inspect", "plan", "apply", "convert", "revert", "save", "load", "compare", "export_onnx",
         "validate_onnx", "register_norm",
     ],
 )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Trying a conversion out: a network that answers as converted for a while, and how good its answers are.
+
+Why hooks and no converted copy: choosing tries many plans, a copy of the network for each would cost more than the
+forward passes, and hooks leave the user's module tree as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnswap._build import build_layer
+from gnswap._layer import FusedGroupNorm
+from gnswap._records import Decision
+from gnswap._running import ROWS, batched, eval_mode, flat, placed
+from gnswap._sites import get
+
+
+@contextlib.contextmanager
+def converted(model: nn.Module, decisions: Iterable[Decision]) -> Iterator[None]:
+    """Within the block every swapped norm of `model` answers as the GroupNorm that its decision asks for."""
+    with contextlib.ExitStack() as hooks:
+        for decision in decisions:
+            if decision.action == "swap":
+                norm = get(model, decision.paths[0])
+                answer = _Answer(build_layer(norm, decision).eval())
+                hooks.callback(norm.register_forward_hook(answer, prepend=True).remove)
+        yield
+
+
+class _Answer:
+    """A hook that answers in a norm's place."""
+
+    def __init__(self, layer: FusedGroupNorm) -> None:
+        self.layer = layer
+
+    def __call__(self, _norm: nn.Module, inputs: tuple[Any, ...], _output: Any) -> Tensor:
+        answer: Tensor = self.layer(*inputs)
+        return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a conversion's answers match the original's.
+
+    Attributes:
+        distance: what choices minimise: mean KL(original ‖ converted) in nats of a classifier, else the squared
+            relative error of the outputs. Infinite where an answer is not finite.
+        agreement: share of samples with the same top-1 class; None where the network is no classifier.
+    """
+
+    distance: float
+    agreement: float | None
+
+
+class Jury:
+    """Photos with the original network's answers to them, against which conversions are scored.
+
+    Args:
+        model: the original network.
+        photos: single samples `[1, ...]`.
+    """
+
+    def __init__(self, model: nn.Module, photos: Sequence[Tensor]) -> None:
+        self.model, self.photos = model, photos
+        self.expected = self._answers()
+        first = self.expected[0]
+        self.is_classifier = (
+            getattr(model, "num_classes", None) != 0
+            and all(len(answer) == 1 for answer in self.expected)
+            and first[0].ndim == 2
+            and first[0].shape[1] > 1
+        )
+
+    def score(self, decisions: Iterable[Decision]) -> Score:
+        """Run the network as converted on all the photos."""
+        with converted(self.model, decisions):
+            found = self._answers()
+        pairs = [pair for one, two in zip(self.expected, found, strict=True) for pair in zip(one, two, strict=True)]
+        if not all(bool(ours.isfinite().all()) for _, ours in pairs):
+            return Score(float("inf"), 0.0 if self.is_classifier else None)
+        if not self.is_classifier:
+            error = sum(float((ours - theirs).square().sum()) for theirs, ours in pairs)
+            return Score(error / max(sum(float(theirs.square().sum()) for theirs, _ in pairs), 1e-30), None)
+        theirs, ours = (torch.cat(side) for side in zip(*pairs, strict=True))
+        distance = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+        return Score(float(distance), float((theirs.argmax(1) == ours.argmax(1)).double().mean()))
+
+    def _answers(self) -> list[list[Tensor]]:
+        """Every floating output for each batch, in fp64 on the CPU."""
+        with eval_mode(self.model), torch.no_grad():
+            return [
+                [output.cpu().double() for output in flat(self.model(placed(batch, self.model)))]
+                for batch in batched(self.photos, ROWS)
+            ]
