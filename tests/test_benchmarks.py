@@ -78,15 +78,32 @@ def test_only_photos_are_unpacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_rows_go_on_after_a_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report, path = script("_report", monkeypatch), tmp_path / "results" / "rows.jsonl"
-    report.Rows(path).add("first", {"value": 1})
+    report.Rows(path, "abc").add("first", {"value": 1})
     with path.open("a") as file:
-        file.write('{"key": "second", "val')
-    rows = report.Rows(path)
+        file.write('{"key": "second", "code": "abc", "val')
+    rows = report.Rows(path, "abc")
     assert "first" in rows
     assert "second" not in rows
     rows.add("second", {"value": 2})
     assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [1, 2]
-    assert not report.Rows(path, fresh=True).rows
+    assert not report.Rows(path, "abc", fresh=True).rows
+
+
+@pytest.mark.parametrize(("before", "now"), [("abc", "def"), ("abc", "abc+changes"), ("abc+changes", "abc+changes")])
+def test_rows_of_other_code_are_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str, now: str
+) -> None:
+    """A table that went on after an update would mix what two versions did."""
+    report, path = script("_report", monkeypatch), tmp_path / "rows.jsonl"
+    report.Rows(path, before).add("first", {"value": 1})
+    assert "first" not in report.Rows(path, now)
+
+
+def test_code_version_is_a_commit_or_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = script("_report", monkeypatch)
+    assert report.code_version()
+    monkeypatch.setenv("PATH", "")
+    assert report.code_version() == f"version {report.gnswap.__version__}"
 
 
 def test_table_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,28 +8,51 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import gnswap
 
 RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
 
 
+def code_version() -> str:
+    """The last commit that touched the package, "+changes" where it was edited since.
+
+    Fixed when a script starts: Python has loaded the package by then, whatever is edited or committed later.
+    """
+    package = Path(gnswap.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h", "--", ".")
+        return commit + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {gnswap.__version__}"  # not in a git checkout
+
+
 class Rows:
     """Rows in a JSON-lines file, one for each key: what is there is not measured again.
 
-    A line that was cut off by a kill is dropped; everything else of a row lies in its line.
+    Only rows of the same code count, so that a table never mixes what two versions did. A line that was cut off by a
+    kill is dropped; everything of a row lies in its line.
 
     Args:
         path: the file; made with its folder where there is none.
+        code: the version that measures now (`code_version`).
         fresh: forget what is there.
     """
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, code: str, *, fresh: bool = False) -> None:
+        self.path, self.code = path, code
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, Row] = {}
         if fresh:
@@ -40,7 +63,8 @@ class Rows:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                self.rows[row["key"]] = row
+                if row.get("code") == code and not code.endswith("+changes"):
+                    self.rows[row["key"]] = row
             self._rewrite()
 
     def _rewrite(self) -> None:
@@ -53,19 +77,20 @@ class Rows:
 
     def add(self, key: str, row: Row) -> None:
         """Store one row, at once."""
-        self.rows[key] = {"key": key, **row}
+        self.rows[key] = {"key": key, "code": self.code, **row}
         with self.path.open("a") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """The command, the date, the machine and the versions behind a result."""
+def environment(code: str, *packages: str) -> dict[str, Any]:
+    """The command, the date, the machine, and the versions of gnswap (`code_version`) and others behind a result."""
     script = Path(sys.argv[0])
     return {
         "command": shlex.join(["python", f"examples/benchmarks/{script.name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
         "versions": {
+            "gnswap": code,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "timm", *packages)},
         },

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _report import environment, markdown_table, write
+from _report import code_version, environment, markdown_table, write
 from rich.progress import track
 
 MODEL = "resnet50"
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="runs of each (%(default)s)")
     parser.add_argument("--one", choices=["in place", "copy"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    code = code_version()
     if arguments.one:
         print(json.dumps(one_run(arguments.one == "in place")))
         return
@@ -75,7 +76,7 @@ def main() -> None:
         ["conversion of resnet50", "building [s]", "converting [s]", "peak memory / model"],
         [[row["way"], f"{row['build_s']:.2f}", f"{row['convert_s']:.2f}", f"{row['worst_peak']:.2f}"] for row in rows],
     )
-    write("convert_cost", "What converting costs", table, {**environment(), "rows": rows})
+    write("convert_cost", "What converting costs", table, {**environment(code), "rows": rows})
 
 
 if __name__ == "__main__":

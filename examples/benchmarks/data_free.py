@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import RESULTS, Rows, environment, markdown_table, write
+from _report import RESULTS, Rows, code_version, environment, markdown_table, write
 from photos import CACHE, photos
 from rich.progress import track
 from timm.layers import BatchNormAct2d
@@ -166,10 +166,11 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the photos are kept (%(default)s)")
     arguments = parser.parse_args()
+    code = code_version()
     if importlib.util.find_spec("opacus") is None:
         sys.exit("Opacus is compared with here: pip install --no-deps opacus==1.6.0")
     files = photos(arguments.cache)
-    rows = Rows(RESULTS / "data_free.rows.jsonl", fresh=arguments.fresh)
+    rows = Rows(RESULTS / "data_free.rows.jsonl", code, fresh=arguments.fresh)
     for name, build in MODELS.items():
         missing = {swap: function for swap, function in SWAPS.items() if f"{name}: {swap}" not in rows}
         if not missing:
@@ -181,7 +182,7 @@ def main() -> None:
             print(f"{name}: {swap}", file=sys.stderr)
             rows.add(f"{name}: {swap}", {"model": name, "swap": swap, **measure(model, answers, batches, function)})
     ordered = [rows.rows[f"{name}: {swap}"] for name in MODELS for swap in SWAPS]
-    data = {**environment("opacus", "foolbox"), "rows": ordered}
+    data = {**environment(code, "opacus", "foolbox"), "rows": ordered}
     first = ordered[0]["fidelity"]
     title = f"What is left after the swap, without any data ({first['photos']} photos)"
     write("data_free", title, as_table(ordered), data)

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from _report import RESULTS, Rows, environment, markdown_table, write
+from _report import RESULTS, Rows, code_version, environment, markdown_table, write
 from rich.progress import track
 
 
@@ -97,8 +97,9 @@ def main() -> None:
     parser.add_argument("--filter", default="", help="glob over architectures, for a try")
     parser.add_argument("--fresh", action="store_true", help="examine every architecture again")
     arguments = parser.parse_args()
+    code = code_version()
     names = timm.list_models(arguments.filter)
-    rows = Rows(RESULTS / "zoo_counts.rows.jsonl", fresh=arguments.fresh)
+    rows = Rows(RESULTS / "zoo_counts.rows.jsonl", code, fresh=arguments.fresh)
     missing = [name for name in names if name not in rows]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         for name, row in track(pool.imap_unordered(examine, missing), "architectures", total=len(missing)):
@@ -111,7 +112,7 @@ def main() -> None:
         + [[f"kept: {reason}", str(count)] for reason, count in counts["reasons for keeping"].items()]
         + [[f"failed: {name}", reason] for name, reason in counts["failed"].items()],
     )
-    write("zoo_counts", "Every architecture of timm", table, {**environment(), **counts})
+    write("zoo_counts", "Every architecture of timm", table, {**environment(code), **counts})
 
 
 if __name__ == "__main__":
