@@ -25,12 +25,12 @@ def _ops() -> tuple[Any, Any]:
     return torch.ops.gnswap_cpu.forward.default, torch.ops.gnswap_cpu.backward.default
 
 
-def _single_elements(x: Tensor, num_groups: int) -> bool:
+def single_elements(x: Tensor, num_groups: int) -> bool:
     """Whether groups have one element: nothing to compute, and a rounding of it would be divided by sqrt(eps)."""
     return x.numel() == x.shape[0] * num_groups
 
 
-def _mixed(x: Tensor, residual: Tensor | None) -> bool:
+def mixed(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the residual is of another dtype; the kernels know one, so both become what they compute in."""
     return residual is not None and residual.dtype != x.dtype
 
@@ -53,9 +53,9 @@ def group_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward; arguments and results as in `_reference.group_norm`. `x` must not be empty."""
     channels = (channel_scale, channel_shift, channel_order)
-    if _single_elements(x, num_groups):
+    if single_elements(x, num_groups):
         return _aten.group_norm(x, num_groups, weight, bias, eps, act, residual, *channels)
-    if residual is not None and _mixed(x, residual):
+    if residual is not None and mixed(x, residual):
         wide = accumulation_dtype(x.dtype)
         y, mean, rstd = group_norm(x.to(wide), num_groups, weight, bias, eps, act, residual.to(wide), *channels)
         return y.to(x.dtype), mean, rstd
@@ -88,9 +88,9 @@ def group_norm_backward(
     """Backward from saved statistics; `mask` says which of the six gradients are wanted. `x` must not be empty."""
     channels = (channel_scale, channel_shift, channel_order)
     arguments = (dy, x, mean, rstd, num_groups, weight, bias, act, residual, *channels)
-    if _single_elements(x, num_groups):
+    if single_elements(x, num_groups):
         return _aten.group_norm_backward(*arguments, mask)
-    if residual is not None and _mixed(x, residual):
+    if residual is not None and mixed(x, residual):
         wide = accumulation_dtype(x.dtype)
         narrow = (dy.to(wide), x.to(wide), *arguments[2:8], residual.to(wide), *channels)
         result = group_norm_backward(*narrow, mask)
@@ -103,7 +103,7 @@ def group_norm_backward(
         dscale, dshift = others.channel_scale, others.channel_shift
     kernel_residual = residual if act is not None else None
     dx, dweight, dbias, dresidual = _ops()[1](
-        dy, x, mean, rstd, num_groups, weight, bias, _ACT_CODES[act], kernel_residual, *channels
+        dy.to(x.dtype), x, mean, rstd, num_groups, weight, bias, _ACT_CODES[act], kernel_residual, *channels
     )
     if residual is None:
         dresidual = None

@@ -6,6 +6,7 @@ torch.export on every device, which the exporter translates as a whole, and it w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ def group_norm_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _forward(x, *args)
     # autograd forbids in-place operations on a view that a custom function returned, and nn.ReLU(inplace=True) follows
     # norms everywhere
-    return y.new_empty(0).set_(y) if y._is_view() else y, mean, rstd
+    return y.new_empty(0).set_(y) if y._is_view() else y, mean, rstd  # type: ignore[call-overload]
+
+
+def backend_of(x: Tensor) -> str:
+    """Name of the code that computes the norm of `x`."""
+    return choose_backend(x.device.type, x.dtype).name
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose_backend(x.device.type, x.dtype).name
+    backend = backend_of(x)
     # ATen's kernels divide by the number of samples or positions
     if backend == "reference" or x.numel() == 0:
         return _reference.group_norm(x, *args)
@@ -44,7 +50,8 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         from gnswap.ops._triton import _launch  # imports triton, which only CUDA needs
 
         with torch.cuda.device(x.device):
-            return _launch.forward(x, *args)
+            result: tuple[Tensor, Tensor, Tensor] = _launch.forward(x, *args)
+            return result
     return (_cpu if backend == "cpp" else _aten).group_norm(x, *args)
 
 
@@ -71,7 +78,7 @@ def group_norm_backward_op(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """The six gradients of `_reference.Gradients`; an empty tensor for each that `mask` does not ask for."""
-    backend = choose_backend(x.device.type, x.dtype).name
+    backend = backend_of(x)
     if backend == "reference" or x.numel() == 0:
         gradients = _reference.group_norm_backward(
             dy, x, num_groups, weight, bias, eps, act, residual, channel_scale, channel_shift, channel_order
@@ -126,10 +133,10 @@ def _empty_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=memory_format(t))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Save what the backward needs; `inputs` as in the schema."""
     x, num_groups, weight, bias, eps, act, residual, channel_scale, channel_shift, channel_order = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.residual_dtype = None if residual is None else residual.dtype
     if act is None:  # then the pre-activation is never needed again
@@ -139,6 +146,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return backward(ctx, dy)
+
+
+def backward(
+    ctx: Any, dy: Tensor | None, once: Callable[..., tuple[Tensor | None, ...]] = group_norm_backward_op
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs; `once` computes them where nobody differentiates again, as the backward op does."""
     x, mean, rstd, weight, bias, residual, *channels = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if dy is None:
@@ -152,7 +166,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
         # create_graph=True: someone wants to differentiate the gradient, which the opaque op cannot do
         gradients = _reference.group_norm_backward(dy, x, *affine, *channels)
     else:
-        gradients = group_norm_backward_op(dy, x, mean, rstd, *affine, *channels, without_residual)
+        gradients = once(dy, x, mean, rstd, *affine, *channels, without_residual)
     dx, dweight, dbias, dresidual, dscale, dshift = (
         gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True)
     )
@@ -161,7 +175,12 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     return dx, None, dweight, dbias, None, None, dresidual, dscale, dshift, None
 
 
-group_norm_op.register_autograd(_backward, setup_context=_setup_context)
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    setup_context(ctx, inputs, output)
+
+
+group_norm_op.register_autograd(_backward, setup_context=_setup_op_context)
 
 
 def _backward_one_by_one(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

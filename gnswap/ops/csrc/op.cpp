@@ -181,11 +181,41 @@ Problem problem(const Tensor& x, const Layout& format, int64_t num_groups, int64
     case ScalarType::Float: p.dtype = Dtype::f32; break;
     case ScalarType::Half: p.dtype = Dtype::f16; break;
     case ScalarType::BFloat16: p.dtype = Dtype::bf16; break;
-    default: p.dtype = Dtype::f64;
+    case ScalarType::Double: p.dtype = Dtype::f64; break;
+    default: STD_TORCH_CHECK(false, "x has a dtype without a kernel");
   }
   p.threads = torch::stable::get_num_threads();
   p.parallel_for = parallel_for;
   return p;
+}
+
+// What the kernels rely on. The messages are for us: the Python side checks again and says it to the user.
+void check_vector(const Optional& t, int64_t C, bool integers) {
+  if (!t.has_value()) return;
+  const ScalarType type = t->scalar_type();
+  const bool floats = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == C, "a vector that is not [C] on the CPU");
+  STD_TORCH_CHECK(integers ? type == ScalarType::Long : floats, "a vector of the wrong dtype");
+}
+
+void check_same(const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == x.dim(), "tensors that do not belong together");
+  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(t.size(i) == x.size(i), "tensors of different shapes");
+}
+
+void check(const Tensor& x, int64_t num_groups, double eps, int64_t act, const Optional& weight, const Optional& bias,
+           const Optional& residual, const Optional& scale, const Optional& shift, const Optional& order) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 2 && x.dim() <= 5 && x.numel() > 0, "x has the wrong shape or device");
+  const int64_t C = x.size(1);
+  STD_TORCH_CHECK(num_groups >= 1 && C % num_groups == 0, "num_groups does not divide C");
+  STD_TORCH_CHECK(eps >= 0 && act >= 0 && act <= gnswap::kLeakyRelu, "eps or act out of range");
+  for (const Optional* t : {&weight, &bias, &scale, &shift}) check_vector(*t, C, false);
+  check_vector(order, C, true);
+  if (residual.has_value()) {
+    check_same(*residual, x);
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "residual of another dtype");
+  }
 }
 
 // ---- the ops ----
@@ -220,6 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Tensor& input, int64_t num_g
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, Optional weight, Optional bias, double eps,
                                            int64_t act, Optional residual, Optional scale, Optional shift,
                                            Optional order) {
+  check(x, num_groups, eps, act, weight, bias, residual, scale, shift, order);
   const auto run = x.scalar_type() == ScalarType::Double ? forward_as<double> : forward_as<float>;
   return run(x, num_groups, weight, bias, eps, act, residual, scale, shift, order);
 }
@@ -266,6 +297,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as(const Tensor& gradient, c
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
                                                     Optional weight, Optional bias, int64_t act, Optional residual,
                                                     Optional scale, Optional shift, Optional order) {
+  check(x, num_groups, 0, act, weight, bias, residual, scale, shift, order);
+  check_same(dy, x);
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy of another dtype than x");
+  STD_TORCH_CHECK(mean.is_cpu() && rstd.is_cpu() && mean.is_contiguous() && rstd.is_contiguous() &&
+                      mean.numel() == x.size(0) * num_groups && rstd.numel() == mean.numel(),
+                  "statistics that do not belong to x");
   const auto run = x.scalar_type() == ScalarType::Double ? backward_as<double> : backward_as<float>;
   return run(dy, x, mean, rstd, num_groups, weight, bias, act, residual, scale, shift, order);
 }
