@@ -258,7 +258,16 @@ def check(case: Case, regime: str, launch: Launch, all_launches: list[Launch]) -
 RESNET50 = [(64, 112, 112, 32), (64, 56, 56, 32), (256, 56, 56, 32), (128, 28, 28, 32), (512, 28, 28, 32)]
 RESNET50 += [(256, 14, 14, 32), (1024, 14, 14, 32), (512, 7, 7, 32), (2048, 7, 7, 32)]
 LITE0 = [(32, 112, 112, 8), (96, 56, 56, 8), (144, 28, 28, 12), (1152, 7, 7, 32)]
-LARGE = [(512, 64, 64, 32), (256, 256, 256, 32), (256, 100, 152, 32), (512, 1, 1, 32), (2048, 7, 7, 1)]
+LARGE = [
+    (512, 64, 64, 32),
+    (256, 256, 256, 32),
+    (256, 100, 152, 32),
+    (512, 1, 1, 32),
+    (2048, 7, 7, 1),
+    (1024, 32, 32, 16),
+]
+# where registers are short
+LARGEST_TILES = [(256, 56, 56, 32), (512, 28, 28, 32), (1024, 14, 14, 32), (2048, 7, 7, 32)]
 
 
 def all_cases() -> Iterator[Case]:
@@ -270,12 +279,13 @@ def all_cases() -> Iterator[Case]:
                 for shape in RESNET50 + LITE0 + LARGE:
                     for dtype in (torch.float16, torch.float32):
                         yield Case(*shape, dtype=dtype, **where)
-                for shape in ((256, 56, 56, 32), (1024, 14, 14, 32)):
+                for shape in LARGEST_TILES:
                     yield Case(*shape, dtype=torch.bfloat16, **where)
-                    yield Case(*shape, ordered=True, **where)
-                    yield Case(*shape, ordered=True, dtype=torch.float32, **where)
-                    yield Case(*shape, residual=False, act="silu", **where)
-                    yield Case(*shape, residual=False, act="gelu", dtype=torch.float32, **where)
+                    for dtype in (torch.float16, torch.float32):
+                        yield Case(*shape, dtype=dtype, ordered=True, **where)
+                        yield Case(*shape, dtype=dtype, residual=False, act=None, **where)
+                        for act in ("silu", "gelu", "hardswish", "leaky_relu"):
+                            yield Case(*shape, dtype=dtype, act=act, **where)
 
 
 def quick_cases() -> list[Case]:

@@ -14,13 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Elements that 16 warps hold in registers without spilling: forward one tensor, backward two. A residual in fp32 and
-# erf take registers of their own, and so do the factors of each channel in channels_last.
-_CAPACITY_FORWARD, _CAPACITY = 32768, 16384
+# Elements that 16 warps hold in registers without spilling: one tensor forward, two backward. The derivatives of
+# some activations, a residual in fp32, and the factors of each channel in channels_last take registers of their own.
+_CAPACITY_FORWARD, _CAPACITY, _CAPACITY_CROWDED = 32768, 16384, 8192
+_HEAVY = ("silu", "gelu", "hardswish")
 # A flat tile keeps the factors of every element, and its backward scans three of its size for the channels' sums.
 _CAPACITY_FLAT_BACKWARD = 4096
 # What a warp should have: fewer warps make a reduction cheaper, more keep more loads in flight.
-_ELEMENTS_PER_WARP, _ELEMENTS_PER_WARP_FLAT, _ELEMENTS_PER_WARP_FLAT_BACKWARD = 1024, 512, 256
+_ELEMENTS_PER_WARP = 1024
 # One block of a streaming kernel, 4 warps with 16 elements a thread, and the chunk of such blocks of a program.
 _STREAM_BLOCK = 2048
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4096, 16384
@@ -29,7 +30,7 @@ _MOST_PARTS, _MOST_SLABS = 1024, 128
 # A memory transaction is 32 bytes; two of them keep DRAM bursts whole.
 _SECTOR_BYTES, _BURST_BYTES = 32, 64
 # Clusters are compiled and checked for this architecture only.
-_CLUSTER_ARCH, _CLUSTER_SIZES = 90, (2, 4, 8)
+_CLUSTER_ARCH, _CLUSTER_SIZES, _MOST_CLUSTER_ROWS = 90, (2, 4, 8), 64
 _VECTOR_BYTES = 16
 
 
@@ -112,17 +113,15 @@ def choose_config(problem: Problem, machine: Machine) -> Config:
 
 
 def _contiguous(problem: Problem, machine: Machine) -> Config:
-    crowded = problem.backward or problem.act == "gelu" or (problem.residual and problem.itemsize == 4)
-    capacity = _CAPACITY if crowded else _CAPACITY_FORWARD
+    capacity = _capacity(problem)
     aligned = problem.positions * problem.itemsize % _VECTOR_BYTES == 0
     columns = _power_of_two(problem.group_size)
     if not aligned and not problem.ordered and columns <= (_CAPACITY_FLAT_BACKWARD if problem.backward else capacity):
-        per_warp = _ELEMENTS_PER_WARP_FLAT_BACKWARD if problem.backward else _ELEMENTS_PER_WARP_FLAT
-        return Config("flat", 1, columns, num_warps=_warps(columns, per_warp))
+        return Config("flat", 1, columns, num_warps=_warps(columns, problem.backward + 1))
     rows, columns = _power_of_two(problem.channels_per_group), _power_of_two(problem.positions)
     if rows * columns <= capacity:
-        return Config("tile", rows, columns, num_warps=_warps(rows * columns))
-    if machine.arch == _CLUSTER_ARCH:
+        return Config("tile", rows, columns, num_warps=_warps(rows * columns, problem.backward))
+    if machine.arch == _CLUSTER_ARCH and aligned and rows <= _MOST_CLUSTER_ROWS:
         for num_ctas in _CLUSTER_SIZES:
             if rows * columns <= capacity * num_ctas:
                 return Config("cluster", rows, columns, num_warps=16, num_ctas=num_ctas)
@@ -143,17 +142,18 @@ def _split(problem: Problem, machine: Machine) -> Config:
 
 
 def _channels_last(problem: Problem, machine: Machine) -> Config:
+    capacity = min(_capacity(problem), _CAPACITY)
     d = problem.channels_per_group
     lanes, rows = _power_of_two(d), _power_of_two(problem.positions)
     if lanes == d:
         fill = _BURST_BYTES // problem.itemsize
-        while lanes * 2 <= fill and lanes < problem.channels and rows * lanes * 2 <= _CAPACITY:
+        while lanes * 2 <= fill and lanes < problem.channels and rows * lanes * 2 <= capacity:
             lanes *= 2
     wide_enough = min(d, lanes) * problem.itemsize >= _BURST_BYTES or (
         lanes % d == 0 and (lanes * problem.itemsize >= _SECTOR_BYTES or lanes >= problem.channels)
     )
-    if not problem.ordered and wide_enough and rows * lanes <= _CAPACITY:
-        return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes))
+    if not problem.ordered and wide_enough and rows * lanes <= capacity:
+        return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes, problem.backward))
     columns = min(128 // problem.itemsize, _power_of_two(problem.channels))
     rows = _STREAM_BLOCK // columns
     blocks = math.ceil(problem.channels / columns)
@@ -162,8 +162,15 @@ def _channels_last(problem: Problem, machine: Machine) -> Config:
     return Config("channels_last_split", rows, columns, chunk)
 
 
-def _warps(elements: int, per_warp: int = _ELEMENTS_PER_WARP) -> int:
-    return _clamp(elements // per_warp, 2, 16)
+def _capacity(problem: Problem) -> int:
+    if problem.backward:
+        return _CAPACITY_CROWDED if problem.act in _HEAVY else _CAPACITY
+    return _CAPACITY if problem.act == "gelu" or (problem.residual and problem.itemsize == 4) else _CAPACITY_FORWARD
+
+
+def _warps(elements: int, crowding: int) -> int:
+    """Warps for a tile; `crowding` halves what each of them gets."""
+    return _clamp((elements << crowding) // _ELEMENTS_PER_WARP, 2, 16)
 
 
 def _power_of_two(number: int) -> int:
