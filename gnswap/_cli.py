@@ -322,6 +322,23 @@ def demo(
         raise typer.Exit(EXIT_PARITY_FAILED)
 
 
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what computes the norms on this machine, which execution providers run, and why the others do not.
+
+    **Examples**
+
+        gnswap doctor
+
+        gnswap doctor --json
+    """
+    from gnswap import _doctor
+
+    with _cli_output.step("looking at kernels and execution providers"):
+        report = _doctor.examine()
+    _cli_output.result(report.to_dict(), _cli_tables.record_view(report, "this machine"), as_json)
+
+
 def _load(directory: Path, model: str | None) -> nn.Module:
     with _cli_output.step(f"loading {directory}"):
         source = saved_source(directory)

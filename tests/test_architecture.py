@@ -36,7 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"ops._op", "ops._direct", "ops"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
-        | {"_running", "_build", "_trial", "_moments", "_tuning"}
+        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning"}
     ),
     frozenset(
         {
@@ -48,6 +48,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_fidelity",
             "_export",
             "_validate",
+            "_doctor",
             "_timing",
             "_source",
             "_weights",
@@ -91,6 +92,12 @@ SAME_FLOOR = {
     ("_trial", "_layer"): "the same",
     ("_trial", "_running"): "while the network runs",
     ("_trial", "_sites"): "they are tried in the norms' places",
+    ("_corrections", "_build"): "the layers that are corrected",
+    ("_corrections", "_norms"): "and the norms they are compared with",
+    ("_corrections", "_running"): "while the network runs",
+    ("_corrections", "_sites"): "in the norms' places",
+    ("_corrections", "_trial"): "a correction is kept where the answers get better",
+    ("_tuning", "_corrections"): "the last of the choices",
     ("_tuning", "_moments"): "the statistics that choose",
     ("_tuning", "_norms"): "the norms they are of",
     ("_tuning", "_running"): "photos are read in one way",

@@ -26,7 +26,7 @@ from gnswap import _cli_models
 from gnswap._cli import app
 from tests._models import randomise_norms, same_state
 
-VERBS = ("inspect", "convert", "export", "validate", "demo")
+VERBS = ("inspect", "convert", "export", "validate", "demo", "doctor")
 
 # A user's own module, in the directory where the command is run.
 NETS = '''
