@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import pytest
@@ -27,6 +28,7 @@ from gnswap._layer import FusedGroupNorm
 from gnswap._plan import plan
 from gnswap._providers import open_session
 from gnswap.ops import ACTIVATIONS
+from gnswap.ops._backend import Backend
 
 
 def converted(model: nn.Module, **options: Any) -> nn.Module:
@@ -142,7 +144,8 @@ def shape_of(report: ExportReport, output: int = 0) -> tuple[str, ...]:
 def test_every_kind_of_layer_computes_the_same_in_onnxruntime(variants: Case, shape: tuple[int, ...]) -> None:
     model, report = variants
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
+    # onnxruntime is measured against ATen: our own kernels centre every channel and are far more exact than either
+    with torch.no_grad(), mock.patch("gnswap.ops._op.choose_backend", return_value=Backend("aten", "a test")):
         ours, exact = model(x), copy.deepcopy(model).double()(x.double())
     found = dict(zip([output.name for output in report.outputs], run(report, x), strict=True))
     assert list(found) == list(exact)

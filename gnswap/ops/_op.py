@@ -52,7 +52,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device(x.device):
             result: tuple[Tensor, Tensor, Tensor] = _launch.forward(x, *args)
             return result
-    return (_cpu if backend == "cpp" else _aten).group_norm(x, *args)
+    if backend == "cpp":
+        return _cpu.group_norm(x, *args)
+    return _aten.group_norm(x, *args)
 
 
 @torch.library.custom_op(
