@@ -24,6 +24,11 @@ def build_layer(norm: nn.Module, decision: Decision) -> FusedGroupNorm:
     layer.register_parameter("weight", _as_parameter(state.weight))
     layer.register_parameter("bias", _as_parameter(state.bias))
     _set_constants(layer, state, decision)
+    like = layer.weight if layer.weight is not None else layer.bias if layer.bias is not None else layer.channel_scale
+    if decision.gain is not None:
+        layer.channel_correction = _like(decision.gain, like)
+    if decision.offset is not None:
+        layer.channel_offset = _like(decision.offset, like)
     layer.drop, layer.act = state.drop, state.act
     return layer
 
@@ -65,6 +70,13 @@ def _set_constants(layer: FusedGroupNorm, state: NormState, decision: Decision) 
         dtype = torch.get_default_dtype() if some is None else some.dtype
         layer.channel_scale = layer.channel_gain = signs.to(dtype)
         layer.channel_shift = torch.zeros_like(layer.channel_scale)
+
+
+def _like(values: tuple[float, ...], tensor: Tensor | None) -> Tensor:
+    """The values on the device and in the dtype of a tensor, or in torch's defaults."""
+    return (
+        torch.tensor(values, dtype=tensor.dtype, device=tensor.device) if tensor is not None else torch.tensor(values)
+    )
 
 
 def _all_finite(*tensors: Tensor) -> bool:

@@ -182,8 +182,7 @@ class PlainGroupNorm(FusedGroupNorm):
 
     def fold(self) -> None:
         """Compute once what does not depend on the input: folded and permuted parameters, the way back."""
-        order, gain, weight, bias = self.channel_order, self.channel_gain, self.weight, self.bias
-        folded = gain if weight is None else weight if gain is None else weight * gain
+        order, (folded, bias) = self.channel_order, self.effective_affine()
         back = None if order is None else torch.argsort(order)
         self.register_buffer("folded_weight", folded if order is None or folded is None else folded[order])
         self.register_buffer("folded_bias", bias if order is None or bias is None else bias[order])

@@ -55,6 +55,8 @@ class FusedGroupNorm(nn.Module):
         channel_order: permutation of C as int64 `[C]`, or None.
         channel_gain: factor on gamma, `[C]`, or None. It gives back the sign and the nominal size, so that
             gamma stays what the BatchNorm learned.
+        channel_correction: a further factor on gamma, fitted to photos, `[C]`, or None.
+        channel_offset: added to beta, fitted to photos, `[C]`, or None.
 
     Raises:
         ArgumentError: G does not divide C, an unknown activation, a negative softness.
@@ -74,6 +76,8 @@ class FusedGroupNorm(nn.Module):
     channel_shift: Tensor | None
     channel_order: Tensor | None
     channel_gain: Tensor | None
+    channel_correction: Tensor | None
+    channel_offset: Tensor | None
 
     def __init__(
         self,
@@ -111,8 +115,8 @@ class FusedGroupNorm(nn.Module):
         for name, present in (("weight", affine), ("bias", affine and bias)):
             empty = torch.empty(num_channels, device=device, dtype=dtype) if present else None
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
-        for name in ("channel_scale", "channel_shift", "channel_order", "channel_gain"):
-            self.register_buffer(name, None)
+        for name in ("scale", "shift", "order", "gain", "correction", "offset"):
+            self.register_buffer(f"channel_{name}", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -159,15 +163,13 @@ class FusedGroupNorm(nn.Module):
                 expected=str(self.num_channels),
                 found=str(x.shape[1]),
             )
-        weight: Tensor | None = self.weight
-        if self.channel_gain is not None:
-            weight = self.channel_gain if weight is None else weight * self.channel_gain
+        weight, bias = self.effective_affine()
         fused_act = self.fused_act
         y = ops.group_norm(
             x,
             self.num_groups,
             weight,
-            self.bias,
+            bias,
             self.eps + self._softness,
             act=fused_act,
             residual=residual,
@@ -180,6 +182,17 @@ class FusedGroupNorm(nn.Module):
                 y = self.drop(y)
             y = self.act(y) if isinstance(self.act, nn.Module) else activate(y, self.act)
         return y
+
+    def effective_affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and bias that the norm is computed with: gamma and beta with all that is multiplied and added."""
+        weight: Tensor | None = self.weight
+        for factor in (self.channel_gain, self.channel_correction):
+            if factor is not None:
+                weight = factor if weight is None else weight * factor
+        bias: Tensor | None = self.bias
+        if self.channel_offset is not None:
+            bias = self.channel_offset if bias is None else bias + self.channel_offset
+        return weight, bias
 
     def extra_repr(self) -> str:
         """The arguments that make this layer, and which per-channel buffers are set."""
@@ -194,7 +207,7 @@ class FusedGroupNorm(nn.Module):
             parts.append(f"softness={self._softness:g}")
         parts += [
             name.removeprefix("channel_")
-            for name in ("channel_scale", "channel_order")
+            for name in ("channel_scale", "channel_order", "channel_correction")
             if getattr(self, name) is not None
         ]
         return ", ".join(parts)

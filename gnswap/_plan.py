@@ -22,7 +22,7 @@ from gnswap._moments import ChannelStatistics
 from gnswap._policy import Policy, Selection
 from gnswap._records import Decision, Plan, Site
 from gnswap._survey import survey
-from gnswap._tuning import tuned
+from gnswap._tuning import Draft, tuned
 
 
 def plan(
@@ -57,7 +57,8 @@ def plan(
             `max_softness`.
         max_softness: bound of "auto".
         fidelity: target for the share of photos with an unchanged top-1 class, in (0, 1]. Needs `calibration`.
-            Photos do not choose anything yet: `convert` measures whether the target is met.
+            The plan is then the purest that reaches it on photos held out, within `max_softness`; its notes say what
+            it cost, or that it is out of reach (also a warning).
         order: which channels share a group. "natural" is neighbours, with their own signs; "auto" is what the photos
             say, neighbours without photos; a mapping from glob or path to a permutation of the layer's channels is
             the user's own for those layers, "auto" for the others.
@@ -95,7 +96,11 @@ def plan(
     notes = list(inventory.notes)
     decisions = [choice.decision for choice in choices]
     if calibration is not None:
-        decisions, found = tuned(model, decisions, policy, calibration, inventory.fingerprint)
+        drafts = [
+            choice.draft(policy, selection.override(site))
+            for choice, site in zip(choices, inventory.sites, strict=True)
+        ]
+        decisions, found = tuned(model, drafts, policy, calibration, inventory.fingerprint)
         notes += found
     return Plan(
         fingerprint=inventory.fingerprint,
@@ -113,6 +118,12 @@ class _Choice:
 
     decision: Decision
     changed: str | None = None
+
+    def draft(self, policy: Policy, override: Mapping[str, Any]) -> Draft:
+        """The decision with what photos may still change of it."""
+        groups, size = override.get("groups", policy.groups), override.get("group_size", policy.group_size)
+        softness = override.get("softness", policy.softness)
+        return Draft(self.decision, groups == "auto" and size is None, softness == "auto")
 
 
 def _decide(site: Site, policy: Policy, selection: Selection) -> _Choice:
