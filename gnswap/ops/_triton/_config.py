@@ -14,10 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Elements that 16 warps hold in registers without spilling: one tensor forward, two backward. The derivatives of
-# some activations, a residual in fp32, and the factors of each channel in channels_last take registers of their own.
-_CAPACITY_FORWARD, _CAPACITY, _CAPACITY_CROWDED = 32768, 16384, 8192
-_HEAVY = ("silu", "gelu", "hardswish")
+# Elements that 16 warps hold in registers without spilling: one tensor forward, two backward; half of it where a
+# residual in fp32 or the function of the activation takes registers too.
+_CAPACITY = {False: 32768, True: 16384}
+_HEAVY = {False: ("gelu",), True: ("silu", "gelu", "hardswish")}
+# In channels_last a thread holds the factors of its channels besides.
+_CAPACITY_CHANNELS_LAST = 16384
 # A flat tile keeps the factors of every element, and its backward scans three of its size for the channels' sums.
 _CAPACITY_FLAT_BACKWARD = 4096
 # What a warp should have: fewer warps make a reduction cheaper, more keep more loads in flight.
@@ -142,7 +144,7 @@ def _split(problem: Problem, machine: Machine) -> Config:
 
 
 def _channels_last(problem: Problem, machine: Machine) -> Config:
-    capacity = min(_capacity(problem), _CAPACITY)
+    capacity = min(_capacity(problem), _CAPACITY_CHANNELS_LAST)
     d = problem.channels_per_group
     lanes, rows = _power_of_two(d), _power_of_two(problem.positions)
     if lanes == d:
@@ -163,9 +165,8 @@ def _channels_last(problem: Problem, machine: Machine) -> Config:
 
 
 def _capacity(problem: Problem) -> int:
-    if problem.backward:
-        return _CAPACITY_CROWDED if problem.act in _HEAVY else _CAPACITY
-    return _CAPACITY if problem.act == "gelu" or (problem.residual and problem.itemsize == 4) else _CAPACITY_FORWARD
+    crowded = problem.act in _HEAVY[problem.backward] or (problem.residual and problem.itemsize == 4)
+    return _CAPACITY[problem.backward] >> crowded
 
 
 def _warps(elements: int, crowding: int) -> int:
