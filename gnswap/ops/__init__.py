@@ -19,9 +19,10 @@ from torch import Tensor
 
 from gnswap.ops import _direct
 from gnswap.ops._activations import ACTIVATIONS, activation_name
+from gnswap.ops._backend import BackendReport, backend_report
 from gnswap.ops._op import check_arguments, run
 
-__all__ = ["ACTIVATIONS", "activation_name", "group_norm"]
+__all__ = ["ACTIVATIONS", "BackendReport", "activation_name", "backend_report", "group_norm"]
 
 
 def group_norm(

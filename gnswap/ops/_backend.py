@@ -10,10 +10,12 @@ import functools
 import importlib.util
 import os
 import shutil
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from gnswap._record import Record
 from gnswap.ops import _cpu_library
 
 #: Dtypes the op takes.
@@ -74,3 +76,45 @@ def _no_triton(switch: str | None) -> str | None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler for its launcher: install gcc, or set CC"
     return None
+
+
+@dataclass(frozen=True)
+class BackendReport(Record):
+    """What computes the norm for one kind of tensor here, and why.
+
+    Attributes:
+        device: `"cpu"`, `"cuda"`, ...
+        dtype: `"float32"`, ...
+        name: `"cpp"`, `"triton"`, `"aten"` or `"reference"`, as in `choose_backend`.
+        reason: why this one, in words; where it is not the fastest, what is missing.
+        path: the compiled library, where the C++ kernels run.
+        isa: the instruction set they chose: `"avx512"`, `"avx2"` or `"generic"`.
+        compiler: what compiled them.
+    """
+
+    device: str
+    dtype: str
+    name: str
+    reason: str
+    path: str | None = None
+    isa: str | None = None
+    compiler: str | None = None
+
+
+def backend_report(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> BackendReport:
+    """Say what computes the norm and why; loads (and the first time compiles) the C++ kernels to know.
+
+    Args:
+        device_type: `tensor.device.type`.
+        dtype: dtype of the input.
+
+    Example:
+        >>> backend_report("mps").name
+        'reference'
+    """
+    name, reason = choose_backend(device_type, dtype)
+    report = {"device": device_type, "dtype": str(dtype).removeprefix("torch."), "name": name, "reason": reason}
+    kernels = _cpu_library.library() if name == "cpp" else None
+    if isinstance(kernels, _cpu_library.Library):
+        report |= {"path": str(kernels.path), "isa": kernels.isa, "compiler": kernels.compiler}
+    return BackendReport(**report)

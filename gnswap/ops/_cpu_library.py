@@ -164,24 +164,21 @@ def _compile(compiler: list[str], build: Path) -> Path:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Run compiler commands side by side; the first that fails is the reason."""
-    running: list[subprocess.Popen[str]] = []
-    try:
-        running += [
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Run compiler commands side by side; the first that fails is the reason, and ends the others."""
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
             for command in commands
         ]
-        for process in running:
-            _, errors = process.communicate(timeout=_COMPILE_SECONDS)
-            if process.returncode:
-                lines = (
-                    [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no output"]
-                )
-                raise _CannotBuildError(f"{commands[0][0]} failed with code {process.returncode}: {lines[0]}")
-    except subprocess.TimeoutExpired as error:
-        raise _CannotBuildError(f"{commands[0][0]} did not finish in {_COMPILE_SECONDS:.0f} s") from error
-    finally:
-        for process in running:
-            if process.poll() is None:
+        try:
+            for process in running:
+                _, errors = process.communicate(timeout=_COMPILE_SECONDS)
+                if process.returncode:
+                    lines = errors.splitlines() or ["no output"]
+                    reason = next((line for line in lines if "error" in line), lines[0])
+                    raise _CannotBuildError(f"{commands[0][0]} failed with code {process.returncode}: {reason}")
+        except subprocess.TimeoutExpired as error:
+            raise _CannotBuildError(f"{commands[0][0]} did not finish in {_COMPILE_SECONDS:.0f} s") from error
+        finally:
+            for process in running:
                 process.kill()
-                process.communicate()

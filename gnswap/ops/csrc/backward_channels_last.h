@@ -13,7 +13,7 @@ GNSWAP_INLINE void some_sums(const T* x, const T* dy, const T* r, T* dr, int64_t
   int64_t c = 0;
   for (; c + W <= C; c += W) {
     const V shift = load(k.shift + c), slope = load(k.slope + c), offset = load(k.offset + c);
-    V sv = load(s + c), qv = load(q + c);
+    V sv = {}, qv = {};
     GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) {
       const int64_t at = row * C + c;
       const V d = load(x + at) - shift;
@@ -24,8 +24,8 @@ GNSWAP_INLINE void some_sums(const T* x, const T* dy, const T* r, T* dr, int64_t
       sv += g;
       qv += g * d;
     }
-    store(s + c, sv);
-    store(q + c, qv);
+    store(s + c, load(s + c) + sv);
+    store(q + c, load(q + c) + qv);
   }
   if (c == C) return;
   const int64_t count = C - c;

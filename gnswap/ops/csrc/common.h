@@ -138,9 +138,9 @@ GNSWAP_INLINE Moments moments(double reference, double sum, double squares, doub
 
 GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { return 1 / __builtin_sqrt(m2 / n + eps); }
 
-// Rows of an [S, C] sample that one thread sums at a time: some 32 000 elements.
+// Rows of an [S, C] sample that one thread sums at a time in fp32: at most some 32 000 elements.
 GNSWAP_INLINE int64_t rows_per_chunk(const Problem& p) {
-  return max(16, min(512, 32768 / p.C / 8 * 8));
+  return max(16, min(128, 32768 / p.C / 8 * 8));
 }
 
 }  // namespace

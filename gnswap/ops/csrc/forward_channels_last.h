@@ -20,7 +20,7 @@ GNSWAP_NOINLINE void add_rows(const T* x, int64_t C, const acc_t<T>* k, acc_t<T>
   int64_t c = 0;
   for (; c + W <= C; c += W) {
     const V kv = load(k + c);
-    V s0 = load(s + c), q0 = load(q + c), s1 = {}, q1 = {};
+    V s0 = {}, q0 = {}, s1 = {}, q1 = {};  // a few rows by themselves: less is lost in adding to a small sum
     GNSWAP_UNROLL for (int row = 0; row < Rows; row += 2) {
       const V d = load(x + row * C + c) - kv;
       s0 += d;
@@ -31,8 +31,8 @@ GNSWAP_NOINLINE void add_rows(const T* x, int64_t C, const acc_t<T>* k, acc_t<T>
         q1 += e * e;
       }
     }
-    store(s + c, s0 + s1);
-    store(q + c, q0 + q1);
+    store(s + c, load(s + c) + (s0 + s1));
+    store(q + c, load(q + c) + (q0 + q1));
   }
   if (c < C) {
     const int64_t count = C - c;

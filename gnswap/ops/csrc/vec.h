@@ -223,10 +223,10 @@ GNSWAP_INLINE F32 exp(F32 x) {
   return select(vanishes, splat<F32>(0.0f), p * (F32)exponent);
 }
 
-// erf by the rational approximation that Eigen uses, error below 4 ulp; constant beyond |x| = 4.
+// erf by the rational approximation that Eigen uses, error below 4 ulp; beyond |x| = 4 it is 1 in every bit, which
+// gelu needs: there 1 + erf is multiplied by a large number.
 GNSWAP_INLINE F32 erf(F32 x) {
-  x = select(x > 4.0f, splat<F32>(4.0f), x);
-  x = select(x < -4.0f, splat<F32>(-4.0f), x);
+  const auto above = x >= 4.0f, below = x <= -4.0f;
   const F32 t = x * x;
   F32 p = t * -2.72614225801306e-10f + 2.77068142495902e-08f;
   p = p * t + -2.10102402082508e-06f;
@@ -238,7 +238,7 @@ GNSWAP_INLINE F32 erf(F32 x) {
   q = q * t + -1.68282697438203e-03f;
   q = q * t + -7.37332916720468e-03f;
   q = q * t + -1.42647390514189e-02f;
-  return x * p / q;
+  return select(above, splat<F32>(1.0f), select(below, splat<F32>(-1.0f), x * p / q));
 }
 
 // Doubles are for gradient checks, not for speed.
