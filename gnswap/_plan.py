@@ -53,8 +53,8 @@ def plan(
         groups: G for every layer, or "auto": two where each then has 64 channels or more, else one.
         group_size: D for every layer, instead of `groups`.
         softness: added to each group's variance, which is about 1. 0 is pure GroupNorm, 1 halves what GroupNorm
-            adds in fluctuation, infinity would be a frozen BatchNorm. "auto" is 1.0 without photos, within
-            `max_softness`.
+            adds in fluctuation, infinity would be a frozen BatchNorm. "auto" is 1.0, within `max_softness`, unless
+            `fidelity` asks for something else.
         max_softness: bound of "auto".
         fidelity: target for the share of photos with an unchanged top-1 class, in (0, 1]. Needs `calibration`.
             The plan is then the purest that reaches it on photos held out, within `max_softness`; its notes say what

@@ -4,6 +4,11 @@ Two kinds of evidence. What belongs to one layer (its groups, order and signs) i
 pass, by closed forms. What only shows at the network's output (how soft it has to be, whether corrections help) is
 tried out, on the photos that the other choices were not made on.
 
+Why nothing is made up where there are no photos: order and signs from 64 synthetic pictures (dead leaves with 1/f
+noise) did not carry over to photos. Pure GroupNorm, agreement (KL) on 96 photos, natural order against that one:
+EfficientNet-Lite0 .604 (.756) against .625 (.775) at 8 groups, .479 (1.38) against .490 (1.47) at 32; -Lite1
+.542 (.689) against .635 (.562) at 8, .427 (1.00) against .427 (1.18) at 32.
+
 Why this is not in `plan` itself: a plan without photos rests on arithmetic alone, and reads as such.
 """
 
