@@ -54,7 +54,7 @@ def _hardswish_derivative(z: Tensor) -> Tensor:
 
 
 def _leaky_relu_derivative(z: Tensor) -> Tensor:
-    return torch.where(z > 0, 1.0, _LEAKY_SLOPE).to(z.dtype)
+    return torch.ones_like(z).where(z > 0, _LEAKY_SLOPE)
 
 
 _aten = torch.ops.aten
