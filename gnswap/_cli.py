@@ -167,7 +167,7 @@ def convert(
     ] = None,
     calib: Annotated[
         Path | None,
-        typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth, that choose order and signs, and measure the fidelity."),
+        typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth, that choose and measure."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Use no more than N of the photos.")
