@@ -30,7 +30,7 @@ _INPUTS = (
 )
 def group_norm_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` for arguments that `check_arguments` has passed."""
-    y, mean, rstd = _forward(x, *args)
+    y, mean, rstd = forward(x, *args)
     # autograd forbids in-place operations on a view that a custom function returned, and nn.ReLU(inplace=True) follows
     # norms everywhere
     return y.new_empty(0).set_(y) if y._is_view() else y, mean, rstd  # type: ignore[call-overload]
@@ -41,7 +41,8 @@ def backend_of(x: Tensor) -> str:
     return choose_backend(x.device.type, x.dtype).name
 
 
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op computes, without the op."""
     backend = backend_of(x)
     # ATen's kernels divide by the number of samples or positions
     if backend == "reference" or x.numel() == 0:
@@ -80,25 +81,40 @@ def group_norm_backward_op(
     mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """The six gradients of `_reference.Gradients`; an empty tensor for each that `mask` does not ask for."""
-    backend = backend_of(x)
-    if backend == "reference" or x.numel() == 0:
-        gradients = _reference.group_norm_backward(
-            dy, x, num_groups, weight, bias, eps, act, residual, channel_scale, channel_shift, channel_order
-        )
-    else:
-        channels = (channel_scale, channel_shift, channel_order)
-        arguments = (dy, x, mean, rstd, num_groups, weight, bias, act, residual, *channels, mask)
-        if backend == "triton" and not (mask[4] or mask[5]):
-            from gnswap.ops._triton import _launch
-
-            with torch.cuda.device(x.device):
-                gradients = _launch.backward(*arguments)
-        else:
-            gradients = (_cpu if backend == "cpp" else _aten).group_norm_backward(*arguments)
+    channels = (channel_scale, channel_shift, channel_order)
+    found = gradients(dy, x, mean, rstd, num_groups, weight, bias, eps, act, residual, *channels, mask)
     return tuple(
         gradient if wanted and gradient is not None else x.new_empty(0)
-        for gradient, wanted in zip(gradients, mask, strict=True)
+        for gradient, wanted in zip(found, mask, strict=True)
     )
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    *rest: Any,
+) -> _reference.Gradients:
+    """What the op of the backward computes, without the op; None where it is not asked for or there is no input."""
+    backend = backend_of(x)
+    if backend == "reference" or x.numel() == 0:
+        return _reference.group_norm_backward(dy, x, num_groups, weight, bias, eps, act, *rest[:4])
+    mask = rest[4]
+    arguments = (dy, x, mean, rstd, num_groups, weight, bias, act, *rest)
+    if backend == "triton" and not (mask[4] or mask[5]):
+        from gnswap.ops._triton import _launch
+
+        with torch.cuda.device(x.device):
+            return _launch.backward(*arguments)
+    if backend == "cpp":
+        return _cpu.group_norm_backward(*arguments)
+    return _aten.group_norm_backward(*arguments)
 
 
 @group_norm_op.register_fake
@@ -163,14 +179,14 @@ def backward(
     mask = [needs[0], needs[2], needs[3], needs[6], needs[7], needs[8]]
     without_residual = [*mask[:3], mask[3] and residual is not None, *mask[4:]]
     affine = (ctx.num_groups, weight, bias, ctx.eps, ctx.act, residual)
-    gradients: tuple[Tensor | None, ...]
+    found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         # create_graph=True: someone wants to differentiate the gradient, which the opaque op cannot do
-        gradients = _reference.group_norm_backward(dy, x, *affine, *channels)
+        found = _reference.group_norm_backward(dy, x, *affine, *channels)
     else:
-        gradients = once(dy, x, mean, rstd, *affine, *channels, without_residual)
+        found = once(dy, x, mean, rstd, *affine, *channels, without_residual)
     dx, dweight, dbias, dresidual, dscale, dshift = (
-        gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True)
+        gradient if wanted else None for gradient, wanted in zip(found, mask, strict=True)
     )
     if mask[3] and residual is None:
         dresidual = dy.to(ctx.residual_dtype)

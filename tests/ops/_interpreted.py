@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from _cases import Case, full_case
 from _tolerance import assert_as_good_as
@@ -21,8 +22,10 @@ from _triton_cases import FLAT, LAST_TILE, REGIMES, RUNS, Run
 from torch import Tensor
 
 from gnswap import ops
+from gnswap._errors import ArgumentError
 from gnswap.ops import _reference
 from gnswap.ops._backend import Backend
+from gnswap.ops._op import group_norm_op
 from gnswap.ops._triton import _launch
 from gnswap.ops._triton._config import Machine
 
@@ -112,23 +115,35 @@ def cpu_as_cuda() -> Any:
         yield
 
 
-def the_op_takes_this_path() -> None:
-    """Forward and backward through the public function and autograd, with the gradients that only ATen has."""
+def the_op_and_the_direct_call_take_this_path() -> None:
+    """Forward and backward through autograd, with the gradients that only ATen has, by the op and past it."""
     for frozen in (("channel_scale", "channel_shift"), ()):
         case, leaves = full_case((1, 4, 2, 3)).leaves()
         wanted = {name: leaf for name, leaf in leaves.items() if name not in frozen}
         for name in frozen:
             leaves[name].requires_grad_(False)
         dy = torch.randn_like(case.x)
-        with cpu_as_cuda():
-            y = case()
-            gradients = torch.autograd.grad(y, list(wanted.values()), dy)
         truth = _reference.group_norm(*case.arguments)[0]
         truths = torch.autograd.grad(truth, list(wanted.values()), dy)
-        assert torch.allclose(y, truth, atol=1e-5)
-        assert not torch.equal(y, truth), "bit for bit the reference: the kernels were not used"
-        for name, gradient, expected in zip(wanted, gradients, truths, strict=True):
-            assert torch.allclose(gradient, expected, atol=1e-4), name
+        for call in (case, lambda case=case: group_norm_op(*case.arguments)[0]):
+            with cpu_as_cuda():
+                y = call()
+                gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+            assert torch.allclose(y, truth, atol=1e-5)
+            assert not torch.equal(y, truth), "bit for bit the reference: the kernels were not used"
+            for name, gradient, expected in zip(wanted, gradients, truths, strict=True):
+                assert torch.allclose(gradient, expected, atol=1e-4), name
+    with cpu_as_cuda(), torch.no_grad():
+        assert torch.equal(case(), y)
+
+
+def wrong_arguments_reach_no_kernel() -> None:
+    with (
+        cpu_as_cuda(),
+        mock.patch.object(_launch, "forward", side_effect=AssertionError("launched")),
+        pytest.raises(ArgumentError, match="weight does not fit"),
+    ):
+        replace(full_case(), weight=torch.ones(3))()
 
 
 def an_empty_batch_takes_no_kernel() -> None:
@@ -154,7 +169,8 @@ OTHERS = {
         batch_does_not_matter,
         nan_stays_in_its_group,
         zero_variance_gives_the_bias,
-        the_op_takes_this_path,
+        the_op_and_the_direct_call_take_this_path,
+        wrong_arguments_reach_no_kernel,
         an_empty_batch_takes_no_kernel,
         a_wrong_result_is_seen,
     )

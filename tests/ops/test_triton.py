@@ -25,7 +25,8 @@ OTHER_CHECKS = (
     "batch_does_not_matter",
     "nan_stays_in_its_group",
     "zero_variance_gives_the_bias",
-    "the_op_takes_this_path",
+    "the_op_and_the_direct_call_take_this_path",
+    "wrong_arguments_reach_no_kernel",
     "an_empty_batch_takes_no_kernel",
     "a_wrong_result_is_seen",
 )

@@ -10,6 +10,7 @@ hold so much that no register spills.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,8 +44,7 @@ class Machine(NamedTuple):
     arch: int
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One sample's problem: G groups of D channels, S positions, bytes of an element, and what is done with them."""
 
     num_groups: int
@@ -94,6 +94,7 @@ class Config:
         return self.chunk == 0
 
 
+@functools.lru_cache(4096)
 def choose_config(problem: Problem, machine: Machine) -> Config:
     """Choose the regime and its sizes.
 
@@ -117,10 +118,10 @@ def choose_config(problem: Problem, machine: Machine) -> Config:
 def _contiguous(problem: Problem, machine: Machine) -> Config:
     capacity = _capacity(problem)
     aligned = problem.positions * problem.itemsize % _VECTOR_BYTES == 0
-    columns = _power_of_two(problem.group_size)
+    columns = power_of_two(problem.group_size)
     if not aligned and not problem.ordered and columns <= (_CAPACITY_FLAT_BACKWARD if problem.backward else capacity):
         return Config("flat", 1, columns, num_warps=_warps(columns, problem.backward + 1))
-    rows, columns = _power_of_two(problem.channels_per_group), _power_of_two(problem.positions)
+    rows, columns = power_of_two(problem.channels_per_group), power_of_two(problem.positions)
     if rows * columns <= capacity:
         return Config("tile", rows, columns, num_warps=_warps(rows * columns, problem.backward))
     if machine.arch == _CLUSTER_ARCH and aligned and rows <= _MOST_CLUSTER_ROWS:
@@ -132,21 +133,21 @@ def _contiguous(problem: Problem, machine: Machine) -> Config:
 
 def _split(problem: Problem, machine: Machine) -> Config:
     programs = math.ceil(2 * machine.sm_count / problem.num_groups)
-    size = _clamp(_power_of_two(problem.group_size // programs), _SMALLEST_CHUNK, _LARGEST_CHUNK)
-    size = max(size, _power_of_two(math.ceil(problem.group_size / _MOST_PARTS)))
+    size = _clamp(power_of_two(problem.group_size // programs), _SMALLEST_CHUNK, _LARGEST_CHUNK)
+    size = max(size, power_of_two(math.ceil(problem.group_size / _MOST_PARTS)))
     # Short rows: several channels a block, cut so that little of the last block of a row is empty.
     columns = _STREAM_BLOCK
     while columns > 64 and _padded(problem.positions, columns) > 1.15 * problem.positions:
         columns //= 2
-    rows = _clamp(_STREAM_BLOCK // columns, 1, _power_of_two(problem.channels_per_group))
-    chunk = max(columns, min(size // rows, _power_of_two(problem.positions)))
+    rows = _clamp(_STREAM_BLOCK // columns, 1, power_of_two(problem.channels_per_group))
+    chunk = max(columns, min(size // rows, power_of_two(problem.positions)))
     return Config("split", rows, columns, chunk)
 
 
 def _channels_last(problem: Problem, machine: Machine) -> Config:
     capacity = min(_capacity(problem), _CAPACITY_CHANNELS_LAST)
     d = problem.channels_per_group
-    lanes, rows = _power_of_two(d), _power_of_two(problem.positions)
+    lanes, rows = power_of_two(d), power_of_two(problem.positions)
     if lanes == d:
         fill = _BURST_BYTES // problem.itemsize
         while lanes * 2 <= fill and lanes < problem.channels and rows * lanes * 2 <= capacity:
@@ -156,11 +157,11 @@ def _channels_last(problem: Problem, machine: Machine) -> Config:
     )
     if not problem.ordered and wide_enough and rows * lanes <= capacity:
         return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes, problem.backward))
-    columns = min(128 // problem.itemsize, _power_of_two(problem.channels))
+    columns = min(128 // problem.itemsize, power_of_two(problem.channels))
     rows = _STREAM_BLOCK // columns
     blocks = math.ceil(problem.channels / columns)
-    chunk = _power_of_two(math.ceil(problem.positions * blocks / (2 * machine.sm_count)))
-    chunk = max(rows, chunk, _power_of_two(math.ceil(problem.positions / _MOST_SLABS)))
+    chunk = power_of_two(math.ceil(problem.positions * blocks / (2 * machine.sm_count)))
+    chunk = max(rows, chunk, power_of_two(math.ceil(problem.positions / _MOST_SLABS)))
     return Config("channels_last_split", rows, columns, chunk)
 
 
@@ -174,7 +175,7 @@ def _warps(elements: int, crowding: int) -> int:
     return _clamp((elements << crowding) // _ELEMENTS_PER_WARP, 2, 16)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The smallest power of two that is not less than `number`."""
     return 1 << max(number - 1, 0).bit_length()
 

@@ -52,7 +52,7 @@ def _block(pid, S, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, LANES: tl.
     return n, first, channel, (lane < K * D) & (channel < G * D), n.to(tl.int64) * S * (G * D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def channels_last_forward(
     x,
     y,
@@ -95,7 +95,7 @@ def channels_last_forward(
     tl.store(y + sample + offset, activate(z, ACT).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def channels_last_backward(
     dy,
     x,
@@ -170,7 +170,7 @@ def _slab(pid, S, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     return pid // blocks // chunks, p, chunks, channel, p * CHUNK, tl.minimum(p * CHUNK + CHUNK, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_moments(
     x,
     mean_parts,
@@ -208,7 +208,7 @@ def slab_moments(
     tl.store(moment_parts + out, moment[None, :], mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_statistics(
     mean_parts,
     moment_parts,
@@ -260,7 +260,7 @@ def _statistic(n, channel, known, group_of, G: tl.constexpr, D: tl.constexpr):
     return n * G + channel // D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_apply(
     x,
     y,

@@ -20,7 +20,7 @@ from gnswap.ops._triton._kernels_shared import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_backward_sums(
     dy,
     x,
@@ -70,7 +70,7 @@ def slab_backward_sums(
     tl.store(dbias_parts + out, tl.sum(dbias, 0)[None, :], mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_backward_means(
     dweight_parts,
     dbias_parts,
@@ -110,7 +110,7 @@ def slab_backward_means(
     tl.store(mean_dxhat_xhat + n * G + g, tl.sum(dxhat_xhat) / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def slab_backward_apply(
     dy,
     x,

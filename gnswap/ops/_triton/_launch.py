@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gnswap.ops._reference import Gradients, memory_format
@@ -20,7 +19,7 @@ from gnswap.ops._triton import _kernels_channels_last as last
 from gnswap.ops._triton import _kernels_channels_last_backward as last_backward
 from gnswap.ops._triton import _kernels_split as split
 from gnswap.ops._triton import _kernels_tile as tile
-from gnswap.ops._triton._config import Config, Machine, Problem, choose_config
+from gnswap.ops._triton._config import Config, Machine, Problem, choose_config, power_of_two
 
 # Offsets in a sample are 32-bit below this many elements.
 _FIRST_WIDE = 2**31
@@ -200,7 +199,7 @@ def forward(
             programs,
             y=y,
             eps=eps,
-            BLOCK_P=triton.next_power_of_2(down * across),
+            BLOCK_P=power_of_two(down * across),
             **shared,
             **statistics,
             **affine,
@@ -286,7 +285,7 @@ def backward(
         programs = groups * down * across
         shared["parts"] = call.new(programs, 2)
         call.launch(split.split_backward_sums, programs, **shared, **parts)
-        most = triton.next_power_of_2(down * across)
+        most = power_of_two(down * across)
         call.launch(split.split_backward_apply, programs, **shared, **results, BLOCK_P=most)
     else:
         blocks = {"BLOCK_D": config.rows, "BLOCK_S": config.columns, "FLAT": config.regime == "flat"}
@@ -304,8 +303,8 @@ def backward(
 
 def _merge_blocks(call: Call, across: int) -> dict[str, Any]:
     """Block sizes of the kernels that merge channels and chunks of a group: at most 4096 numbers at once."""
-    most = triton.next_power_of_2(across)
-    rows = min(triton.next_power_of_2(call.d), max(1, 4096 // most))
+    most = power_of_two(across)
+    rows = min(power_of_two(call.d), max(1, 4096 // most))
     return {"S": call.s, "G": call.g, "D": call.d, "CHUNK": call.config.chunk, "BLOCK_P": most, "BLOCK_D": rows}
 
 
