@@ -45,7 +45,9 @@ def is_accurate(run: Run) -> None:
     """Forward and backward against fp64, judged by the reference's own error in the dtype of the run."""
     case, dy = run.case(), run.gradient()
     exact = case.map(Tensor.double)
-    with mock.patch.object(_launch, "_FIRST_WIDE", 0 if run.wide else 2**31):
+    limits = {"_FIRST_WIDE": 0} if run.wide else {}
+    limits |= {"_MERGED_AT_ONCE": 8, "_SUMMED_AT_ONCE": 2} if run.few_at_once else {}
+    with mock.patch.multiple(_launch, **limits) if limits else contextlib.nullcontext():
         y, mean, rstd = _launch.forward(*case.arguments, machine=MACHINE, config=run.config)
         gradients = triton_backward(run, case, mean, rstd)
     for result, truth, plain in zip(

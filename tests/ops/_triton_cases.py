@@ -35,6 +35,7 @@ class Run:
     layout: str | None = None
     mask: tuple[bool, ...] = (True, True, True, True)
     wide: bool = False
+    few_at_once: bool = False
 
     def case(self) -> Case:
         """The arguments; x and residual in the layout that the cut is for."""
@@ -94,6 +95,7 @@ RUNS: dict[str, Run] = {
         without=PLAIN[3:],
     ),
     "channels_last split, unequal tails": Run(LAST_SPLIT, (2, 10, 3, 7)),
+    "channels_last split, merged in several steps": Run(LAST_SPLIT, (3, 10, 3, 5), few_at_once=True),
     "channels_last split, natural order": Run(LAST_SPLIT, (1, 6, 3, 7), without=("channel_order", "weight")),
     "channels_last split, 64-bit offsets": Run(LAST_SPLIT, (1, 6, 3, 5), wide=True),
     "channels_last split, mean/std 1000": Run(LAST_SPLIT, (1, 6, 3, 7), act="relu", mean=1000.0, without=PLAIN[3:5]),

@@ -23,6 +23,8 @@ from gnswap.ops._triton._config import Config, Machine, Problem, choose_config, 
 
 # Offsets in a sample are 32-bit below this many elements.
 _FIRST_WIDE = 2**31
+# Partial results that a merging program loads at once: of a group, and of a block of channels.
+_MERGED_AT_ONCE, _SUMMED_AT_ONCE = 4096, 32
 
 #: (kernel, programs, arguments, num_warps, num_ctas) -> launches it
 Run = Callable[[Any, int, dict[str, Any], int, int], None]
@@ -295,16 +297,16 @@ def backward(
     dbias = torch.empty_like(bias) if need_bias and bias is not None else None
     if dweight is not None or dbias is not None:
         totals = {"dweight": dweight, "dbias": dbias, "count": splits, "C": call.c}
-        call.small(split.sum_parts, math.ceil(call.c / 32), **parts, **totals, BLOCK_P=32, BLOCK_C=32)
+        call.small(split.sum_parts, math.ceil(call.c / 32), **parts, **totals, BLOCK_P=_SUMMED_AT_ONCE, BLOCK_C=32)
     if dresidual is not None and residual is not None:
         dresidual = dresidual.contiguous(memory_format=memory_format(residual))
     return Gradients(dx, dweight, dbias, dresidual, None, None)
 
 
 def _merge_blocks(call: Call, across: int) -> dict[str, Any]:
-    """Block sizes of the kernels that merge channels and chunks of a group: at most 4096 numbers at once."""
+    """Block sizes of the kernels that merge channels and chunks of a group."""
     most = power_of_two(across)
-    rows = min(power_of_two(call.d), max(1, 4096 // most))
+    rows = min(power_of_two(call.d), max(1, _MERGED_AT_ONCE // most))
     return {"S": call.s, "G": call.g, "D": call.d, "CHUNK": call.config.chunk, "BLOCK_P": most, "BLOCK_D": rows}
 
 
