@@ -17,6 +17,12 @@ settings.register_profile("gnswap", deadline=None, suppress_health_check=[Health
 settings.load_profile("gnswap")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run and in any order of the tests, so that a failure can be had again."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def lite0() -> nn.Module:
     """EfficientNet-Lite0 with its real weights; shared, so a test that changes it works on a deepcopy."""
