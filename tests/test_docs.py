@@ -15,9 +15,7 @@ import gnswap
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(gnswap.__path__, "gnswap.")
-    if not module.name.endswith("__main__")
+    module.name for module in pkgutil.walk_packages(gnswap.__path__, "gnswap.") if not module.name.endswith("__main__")
 )
 
 

@@ -171,7 +171,9 @@ def test_labels_give_both_accuracies() -> None:
     assert answers(theirs, ours).accuracy_original is None
 
 
-@pytest.mark.parametrize("second", [None, "name", torch.randn(21), torch.arange(20)], ids=["none", "text", "floats", "other length"])
+@pytest.mark.parametrize(
+    "second", [None, "name", torch.randn(21), torch.arange(20)], ids=["none", "text", "floats", "other length"]
+)
 def test_what_is_no_label_is_ignored(second: Any) -> None:
     fidelity = compare(net(), net(), [(photos(), second)], layers=False)
     assert (fidelity.photos, fidelity.labelled, fidelity.accuracy_original) == (21, 0, None)
