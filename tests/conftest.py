@@ -41,6 +41,7 @@ def sample_batch(lite0: nn.Module) -> Tensor:
     images = [photo.image for photo in _samples.sample_photos()]
     return torch.cat(list(PhotoBatches(images, lite0)))
 
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # the workers share the cores; with all threads in each of them they would wait for one another
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
