@@ -44,9 +44,8 @@ def examine(name: str) -> tuple[str, dict[str, Any]]:
         step = "plan"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*another number of groups than was asked for", UserWarning)
-            plan, plan32 = gnswap.plan(model), gnswap.plan(model, groups=32)
+            plan = gnswap.plan(model)
         row["swapped"], row["kept"] = len(plan.swaps), len(plan.kept)
-        row["not_32"] = sum(decision.num_groups != 32 for decision in plan32.swaps)
         row["smallest_group"] = min((decision.group_size for decision in plan.swaps), default=None)
         row["reasons_kept"] = Counter(decision.reason for decision in plan.kept)
         return name, row
@@ -83,7 +82,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             any(int(width) % 32 for width in row["widths"]) for row in with_norms
         ),
         "layers with a width that 32 does not divide": sum(n for width, n in widths.items() if int(width) % 32),
-        "layers where groups=32 is impossible or leaves under 4 channels": sum(row["not_32"] for row in with_norms),
+        "layers where groups=32 is impossible or leaves under 4 channels": sum(
+            count for width, count in widths.items() if int(width) % 32 or int(width) // 32 < 4
+        ),
         "smallest group of the default plan": min(row["smallest_group"] for row in with_norms if row["swapped"]),
     }
 
