@@ -25,6 +25,41 @@ def _ops() -> tuple[Any, Any]:
     return torch.ops.gnswap_cpu.forward.default, torch.ops.gnswap_cpu.backward.default
 
 
+def kernel(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    *rest: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ forward; `RuntimeError` for everything that it does not take, wrong arguments among it."""
+    result: tuple[Tensor, Tensor, Tensor] = _ops()[0](x, num_groups, weight, bias, eps, _ACT_CODES[act], *rest)
+    return result
+
+
+def backward_kernel(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str | None,
+    *rest: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The C++ backward: gradients of x, weight, bias in their dtypes, and of the residual in the layout of x.
+
+    Without `act` the residual's gradient is `dy`, so none should be handed in.
+    """
+    dx, dweight, dbias, dresidual = _ops()[1](dy, x, mean, rstd, num_groups, weight, bias, _ACT_CODES[act], *rest)
+    dweight = None if weight is None else dweight if dweight.dtype == weight.dtype else dweight.to(weight.dtype)
+    dbias = None if bias is None else dbias if dbias.dtype == bias.dtype else dbias.to(bias.dtype)
+    return dx, dweight, dbias, dresidual
+
+
 def single_elements(x: Tensor, num_groups: int) -> bool:
     """Whether groups have one element: nothing to compute, and a rounding of it would be divided by sqrt(eps)."""
     return x.numel() == x.shape[0] * num_groups
@@ -60,14 +95,11 @@ def group_norm(
         y, mean, rstd = group_norm(x.to(wide), num_groups, weight, bias, eps, act, residual.to(wide), *channels)
         return y.to(x.dtype), mean, rstd
     try:
-        result: tuple[Tensor, Tensor, Tensor] = _ops()[0](
-            x, num_groups, weight, bias, eps, _ACT_CODES[act], residual, *channels
-        )
+        return kernel(x, num_groups, weight, bias, eps, act, residual, *channels)
     except RuntimeError:
         if channel_order is not None:
             _aten.inverse_order(channel_order)  # raises our own error where it is not a permutation
         raise
-    return result
 
 
 def group_norm_backward(
@@ -102,20 +134,19 @@ def group_norm_backward(
         others = _aten.group_norm_backward(*arguments, [False] * 4 + mask[4:])
         dscale, dshift = others.channel_scale, others.channel_shift
     kernel_residual = residual if act is not None else None
-    dx, dweight, dbias, dresidual = _ops()[1](
-        dy.to(x.dtype), x, mean, rstd, num_groups, weight, bias, _ACT_CODES[act], kernel_residual, *channels
+    dx, dweight, dbias, dresidual = backward_kernel(
+        dy.to(x.dtype), x, mean, rstd, num_groups, weight, bias, act, kernel_residual, *channels
     )
-    if residual is None:
-        dresidual = None
-    elif act is None:
-        dresidual = dy.to(residual.dtype, memory_format=memory_format(residual), copy=True)
-    else:
-        dresidual = dresidual.contiguous(memory_format=memory_format(residual))
+    residual_gradient: Tensor | None = None
+    if residual is not None and act is None:
+        residual_gradient = dy.to(residual.dtype, memory_format=memory_format(residual), copy=True)
+    elif residual is not None:
+        residual_gradient = dresidual.contiguous(memory_format=memory_format(residual))
     return Gradients(
         x=dx,
-        weight=None if weight is None else dweight.to(weight.dtype),
-        bias=None if bias is None else dbias.to(bias.dtype),
-        residual=dresidual,
+        weight=dweight,
+        bias=dbias,
+        residual=residual_gradient,
         channel_scale=dscale,
         channel_shift=dshift,
     )

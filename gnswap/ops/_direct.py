@@ -28,19 +28,17 @@ def group_norm(x: Tensor, *args: Any) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or not _unwatched(x):
         return None
-    if _op.backend_of(x) == "triton":
+    backend = _op.backend_of(x)
+    if backend == "triton":
         return _on_cuda(x, *args)
-    residual = args[5]
-    if x.numel() == 0 or _cpu.single_elements(x, args[0]) or _cpu.mixed(x, residual):
-        return None
-    if _op.backend_of(x) != "cpp":
+    if backend != "cpp":
         return None
     try:
         if _wants_gradient(x, *args):
             y: Tensor = _Norm.apply(x, *args)
             return y
-        return _cpu.group_norm(x, *args)[0]
-    except (RuntimeError, KeyError, ZeroDivisionError, TypeError, ValueError):
+        return _cpu.kernel(x, *args)[0]
+    except (RuntimeError, KeyError, TypeError):
         return None
 
 
@@ -57,7 +55,11 @@ def _on_cuda(x: Tensor, *args: Any) -> Tensor | None:
 
 
 def _wants_gradient(*values: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+    if torch.is_grad_enabled():
+        for value in values:  # not any(): a generator takes longer than the kernel's own start
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def _unwatched(t: Tensor) -> bool:
@@ -75,13 +77,23 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        y, mean, rstd = _cpu.group_norm(x, *args)
-        _op.setup_context(ctx, (x, *args), (y, mean, rstd))
-        return y
+        result = _cpu.kernel(x, *args)
+        _op.setup_context(ctx, (x, *args), result)
+        return result[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_outputs[0], _gradients)
+        dy, needs = grad_outputs[0], ctx.needs_input_grad
+        if dy is None or needs[7] or needs[8] or torch.is_grad_enabled() or _watched_gradient(dy):
+            return _op.backward(ctx, dy)
+        # without an activation no residual was saved, for then its gradient is dy
+        x, mean, rstd, weight, bias, residual, *channels = ctx.saved_tensors
+        dx, dweight, dbias, dresidual = _cpu.backward_kernel(
+            dy, x, mean, rstd, ctx.num_groups, weight, bias, ctx.act, residual, *channels
+        )
+        if not needs[6]:
+            return dx, None, dweight, dbias, None, None, None, None, None, None
+        return dx, None, dweight, dbias, None, None, dy if residual is None else dresidual, None, None, None
 
 
 class _CudaNorm(torch.autograd.Function):
@@ -99,23 +111,11 @@ class _CudaNorm(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor | None, once: Callable[..., tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-    if dy is None or torch.compiler.is_compiling() or not _unwatched(dy):
-        return _op.backward(ctx, dy)
-    # the vmap of is_grads_batched=True is an older one than functorch's
-    if torch._C._functorch.is_legacy_batchedtensor(dy):
+    if dy is None or _watched_gradient(dy):
         return _op.backward(ctx, dy)
     return _op.backward(ctx, dy, once)
 
 
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    _eps: float,
-    *rest: Any,
-) -> tuple[Tensor | None, ...]:
-    return _cpu.group_norm_backward(dy, x, mean, rstd, num_groups, weight, bias, *rest)
+def _watched_gradient(dy: Tensor) -> bool:
+    # the vmap of is_grads_batched=True is an older one than functorch's
+    return torch.compiler.is_compiling() or not _unwatched(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)

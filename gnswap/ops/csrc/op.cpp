@@ -209,6 +209,8 @@ void check(const Tensor& x, int64_t num_groups, double eps, int64_t act, const O
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 2 && x.dim() <= 5 && x.numel() > 0, "x has the wrong shape or device");
   const int64_t C = x.size(1);
   STD_TORCH_CHECK(num_groups >= 1 && C % num_groups == 0, "num_groups does not divide C");
+  // nothing to compute, and the rounding of it would be divided by sqrt(eps)
+  STD_TORCH_CHECK(x.numel() > x.size(0) * num_groups, "groups of a single element");
   STD_TORCH_CHECK(eps >= 0 && act >= 0 && act <= gnswap::kLeakyRelu, "eps or act out of range");
   for (const Optional* t : {&weight, &bias, &scale, &shift}) check_vector(*t, C, false);
   check_vector(order, C, true);

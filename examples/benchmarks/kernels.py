@@ -1,0 +1,317 @@
+"""The C++ kernels against the best that eager torch can do on the CPU, and whole training steps.
+
+    python examples/benchmarks/kernels.py            # writes results/kernels.{md,json}; some ten minutes
+
+GroupNorm + activation on every feature map of ResNet-50 (ReLU, 32 groups) and EfficientNet-Lite0 (ReLU6, 8 groups) at
+224 px, N in 1, 2, 8, contiguous and channels_last, forward (inference) and forward + backward. The opponent is the
+fastest eager form of each row: `F.group_norm` and the activation in place, for channels_last also with a way through
+contiguous. Every row is checked against fp64 first; then all contenders take turns, and a ratio is the median of the
+ratios within the turns, so that what else the machine does hits both sides. Everything runs twice: with the system's
+allocator, and with one that keeps large blocks (glibc gives them back to the kernel after each call, and eager torch,
+which allocates more often, pays more for that).
+
+Rows are stored as they are measured, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from torch import Tensor, nn
+
+import gnswap
+from gnswap import ops
+
+THREADS = 2
+BATCHES = (1, 2, 8)
+# every (C, height = width) that a norm sees, and how often does not matter here
+RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)]
+RESNET50 += [(512, 14), (512, 7), (2048, 7)]
+LITE0 = [(32, 112), (96, 112), (96, 56), (144, 56), (144, 28), (240, 28), (240, 14), (480, 14), (672, 14), (672, 7)]
+LITE0 += [(1152, 7)]
+DIRECTIONS = ("forward", "forward + backward")
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+# glibc: never mmap a block, never give memory back
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}
+TARGETS = {
+    ("forward", "NCHW"): 1.4,
+    ("forward", "NHWC"): 1.6,
+    ("forward + backward", "NCHW"): 1.7,
+    ("forward + backward", "NHWC"): 2.5,
+}
+TURNS, SECONDS = 15, 0.12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row: a feature map, its norm, and what is asked of it."""
+
+    network: str
+    batch: int
+    channels: int
+    side: int
+    layout: str
+    direction: str
+
+    @property
+    def act(self) -> str:
+        return "relu" if self.network == "resnet50" else "relu6"
+
+    @property
+    def groups(self) -> int:
+        return 32 if self.network == "resnet50" else 8
+
+    @property
+    def key(self) -> str:
+        shape = f"{self.batch}x{self.channels}x{self.side}x{self.side}"
+        return f"{self.network} {shape} {self.layout} {self.direction}"
+
+
+def problems() -> Iterator[Problem]:
+    """All rows."""
+    for network, shapes in (("resnet50", RESNET50), ("lite0", LITE0)):
+        for batch in BATCHES:
+            for channels, side in shapes:
+                for layout in LAYOUTS:
+                    for direction in DIRECTIONS:
+                        yield Problem(network, batch, channels, side, layout, direction)
+
+
+class Contenders:
+    """The tensors of a row, and the calls that are compared on them."""
+
+    def __init__(self, problem: Problem) -> None:
+        rng = torch.Generator().manual_seed(0)
+        shape = (problem.batch, problem.channels, problem.side, problem.side)
+        self.problem, self.format = problem, LAYOUTS[problem.layout]
+        train = problem.direction != "forward"
+        self.x = torch.randn(shape, generator=rng).contiguous(memory_format=self.format).requires_grad_(train)
+        self.weight = torch.randn(problem.channels, generator=rng).requires_grad_(train)
+        self.bias = torch.randn(problem.channels, generator=rng).requires_grad_(train)
+        self.dy = torch.randn(shape, generator=rng).contiguous(memory_format=self.format)
+        self.target = torch.empty_like(self.dy)
+
+    def act_(self, y: Tensor) -> Tensor:
+        return torch.relu_(y) if self.problem.act == "relu" else F.hardtanh_(y, 0.0, 6.0)
+
+    def gnswap(self) -> Tensor:
+        return ops.group_norm(self.x, self.problem.groups, self.weight, self.bias, act=self.problem.act)
+
+    def eager(self) -> Tensor:
+        return self.act_(F.group_norm(self.x, self.problem.groups, self.weight, self.bias))
+
+    def eager_through_contiguous(self) -> Tensor:
+        y = F.group_norm(self.x.contiguous(), self.problem.groups, self.weight, self.bias)
+        return self.act_(y).contiguous(memory_format=self.format)
+
+    def copy(self) -> None:
+        self.target.copy_(self.dy)
+
+    def calls(self) -> dict[str, Callable[[], Any]]:
+        """What takes turns; everything but the copy with its backward, where that is asked for."""
+        forward: dict[str, Callable[[], Tensor]] = {"gnswap": self.gnswap, "eager": self.eager}
+        if self.problem.layout == "NHWC":
+            forward["eager through contiguous"] = self.eager_through_contiguous
+        if self.problem.direction == "forward":
+            return {**forward, "copy": self.copy}
+        inputs = (self.x, self.weight, self.bias)
+        calls: dict[str, Callable[[], Any]] = {
+            name: lambda call=call: torch.autograd.grad(call(), inputs, self.dy) for name, call in forward.items()
+        }
+        return {**calls, "copy": self.copy}
+
+    def check(self) -> None:
+        """Fail unless our result and gradients are as near to fp64 as a few roundings."""
+        leaves = [t.detach().double().requires_grad_() for t in (self.x, self.weight, self.bias)]
+        z = F.group_norm(leaves[0], self.problem.groups, leaves[1], leaves[2])
+        exact = [torch.relu(z) if self.problem.act == "relu" else F.relu6(z)]
+        ours = [self.gnswap()]
+        if self.problem.direction != "forward":
+            exact += torch.autograd.grad(exact[0], leaves, self.dy.double())
+            ours += torch.autograd.grad(ours[0], (self.x, self.weight, self.bias), self.dy)
+            # at a kink of the activation a rounding decides whether a gradient passes
+            near = (z.abs() < 1e-5) | ((z - 6).abs() < 1e-5)
+            allowance = float((self.dy.double() * near).abs().sum()) * 4
+        for index, (one, other) in enumerate(zip(ours, exact, strict=True)):
+            error = float((one.detach().double() - other.detach()).abs().max() / other.detach().abs().max())
+            limit = 2e-5 if index == 0 else 2e-5 + allowance
+            if not error < limit:
+                raise SystemExit(f"{self.problem.key}: wrong result {index}, error {error:.2g}")
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call in each turn; short calls are repeated within a turn."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, min(200, int(seconds / turns / max(time.perf_counter() - start, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+    return times
+
+
+def measure(problem: Problem) -> dict[str, Any]:
+    """One row: the best eager form, and the ratios to it and to a copy."""
+    contenders = Contenders(problem)
+    contenders.check()
+    with torch.set_grad_enabled(problem.direction != "forward"):
+        times = take_turns(contenders.calls(), TURNS, SECONDS)
+    best = min((name for name in times if name.startswith("eager")), key=lambda name: statistics.median(times[name]))
+    return {
+        "eager_form": best,
+        "milliseconds": {name: min(values) for name, values in times.items()},
+        "speedup": statistics.median(e / g for e, g in zip(times[best], times["gnswap"], strict=True)),
+        "over_copy": statistics.median(g / c for g, c in zip(times["gnswap"], times["copy"], strict=True)),
+    }
+
+
+def with_torch_group_norm(model: nn.Module) -> nn.Module:
+    """A copy with `torch.nn.GroupNorm(32)` for every BatchNorm."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, nn.GroupNorm(32, module.num_features))
+    return model
+
+
+def networks() -> dict[str, nn.Module]:
+    """ResNet-50 as it is, with torch's GroupNorm, and converted."""
+    torch.manual_seed(0)
+    original = timm.create_model("resnet50").train()
+    converted = gnswap.convert(original, groups=32).model
+    return {"BatchNorm": original, "torch.nn.GroupNorm": with_torch_group_norm(original), "gnswap": converted}
+
+
+def measure_step(layout: str) -> dict[str, Any]:
+    """Whole training steps of ResNet-50, batch 2, 224 px."""
+    format_ = LAYOUTS[layout]
+    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=format_)
+    labels = torch.tensor([1, 2])
+    calls = {}
+    for name, model in networks().items():
+        model.to(memory_format=format_)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+        calls[name] = step
+    times = take_turns(calls, 12, 0.0)
+    pairs = {name: zip(values, times["gnswap"], strict=True) for name, values in times.items() if name != "gnswap"}
+    return {
+        "milliseconds": {name: min(values) for name, values in times.items()},
+        "speedup": {name: statistics.median(other / ours for other, ours in turn) for name, turn in pairs.items()},
+    }
+
+
+def measure_all(allocator: str, rows: Rows) -> None:
+    """Measure what is missing of one allocator."""
+    torch.set_num_threads(THREADS)
+    if (backend := ops.backend_report()).name != "cpp":
+        raise SystemExit(f"the C++ kernels do not run here: {backend.reason}")
+    for problem in problems():
+        if (key := f"{allocator}: {problem.key}") not in rows:
+            rows.add(key, {"allocator": allocator, **vars(problem), **measure(problem)})
+    for layout in LAYOUTS:
+        if (key := f"{allocator}: step {layout}") not in rows:
+            rows.add(key, {"allocator": allocator, "layout": layout, "direction": "step", **measure_step(layout)})
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Medians and worst rows against what was asked for."""
+    table = []
+    for allocator in ALLOCATORS:
+        mine = [row for row in rows if row["allocator"] == allocator]
+        for (direction, layout), target in TARGETS.items():
+            some = [row for row in mine if row["direction"] == direction and row["layout"] == layout]
+            speedups = sorted(row["speedup"] for row in some)
+            below = sum(value < 1 for value in speedups)
+            worst = f"{speedups[0]:.2f}"
+            median = f"{statistics.median(speedups):.2f}"
+            table.append([allocator, f"{direction}, {layout}", median, f"{target}", worst, f"{below} of {len(some)}"])
+        copies = [row["over_copy"] for row in mine if row["direction"] == "forward"]
+        table.append([allocator, "forward time / copy time", f"{statistics.median(copies):.2f}", "2.3", "", ""])
+        for row in mine:
+            if row["direction"] == "step":
+                for opponent, target in (("torch.nn.GroupNorm", 1.1), ("BatchNorm", 1.0)):
+                    name = f"ResNet-50 training step against {opponent}, {row['layout']}"
+                    table.append([allocator, name, f"{row['speedup'][opponent]:.2f}", f"{target}", "", ""])
+    return markdown_table(["allocator", "what", "median", "asked for", "worst row", "rows below 1"], table)
+
+
+def details(rows: list[dict[str, Any]]) -> str:
+    """Every feature map: speed-ups at N = 1, 2, 8."""
+    table = []
+    for network, shapes in (("resnet50", RESNET50), ("lite0", LITE0)):
+        for layout in LAYOUTS:
+            for channels, side in shapes:
+                cells = [network, f"{channels}x{side}x{side}", layout]
+                for allocator in ALLOCATORS:
+                    for direction in DIRECTIONS:
+                        wanted = {
+                            "network": network,
+                            "channels": channels,
+                            "side": side,
+                            "layout": layout,
+                            "allocator": allocator,
+                            "direction": direction,
+                        }
+                        found = {row["batch"]: row for row in rows if wanted.items() <= row.items()}
+                        cells.append(" / ".join(f"{found[batch]['speedup']:.2f}" for batch in BATCHES))
+                table.append(cells)
+    header = ["network", "feature map", "layout"]
+    header += [f"{direction}, {allocator}" for allocator in ALLOCATORS for direction in DIRECTIONS]
+    return markdown_table(header, table)
+
+
+def main() -> None:
+    """Measure what is missing, and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fresh", action="store_true", help="measure every row again")
+    parser.add_argument("--allocator", choices=list(ALLOCATORS), help=argparse.SUPPRESS)  # the runs of this script
+    arguments = parser.parse_args()
+    code = code_version()
+    path = RESULTS / "kernels.rows.jsonl"
+    if arguments.allocator:
+        measure_all(arguments.allocator, Rows(path, code))
+        return
+    Rows(path, code, fresh=arguments.fresh)
+    for allocator, variables in ALLOCATORS.items():
+        print(f"allocator: {allocator}", file=sys.stderr)
+        subprocess.run(
+            [sys.executable, __file__, "--allocator", allocator], env={**os.environ, **variables}, check=True
+        )
+    rows = list(Rows(path, code).rows.values())
+    backend = ops.backend_report()
+    data = {**environment(code), "backend": backend.to_dict(), "threads": THREADS, "rows": rows}
+    title = f"GroupNorm + activation on the CPU against the best eager form ({backend.isa}, {THREADS} threads)"
+    table = summary(rows) + "\nSpeed-ups by feature map, at N = 1 / 2 / 8:\n\n" + details(rows)
+    write("kernels", title, table, data)
+
+
+if __name__ == "__main__":
+    main()
