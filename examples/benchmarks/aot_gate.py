@@ -202,9 +202,19 @@ def wide_loads(listing: str) -> dict[int, int]:
     )
 
 
+def _not_compiled(case: Case, regime: str, launch: Launch, error: Exception) -> Row:
+    fault = f"does not compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+    dtype = str(case.dtype).removeprefix("torch.")
+    sizes = (launch.num_warps, launch.num_ctas, 0, 0, 0, 0, 0, 0)
+    return Row(str(case), regime, launch.kernel.__name__, case.arch, dtype, "", *sizes, (fault,))
+
+
 def check(case: Case, regime: str, launch: Launch, all_launches: list[Launch]) -> Row:
     """Compile one launch of a case and hold it to the rules."""
-    kernel = compiled(launch, case.arch)
+    try:
+        kernel = compiled(launch, case.arch)
+    except Exception as error:  # triton raises several types, and each is a kernel that a user would not get
+        return _not_compiled(case, regime, launch, error)
     usage, listing = machine_code(kernel.asm["cubin"])
     constants = launch.arguments
     streams = [name for name in READS if constants.get(name) is not None]

@@ -36,6 +36,11 @@ def loads_one_by_one(x, y, BLOCK_S: tl.constexpr):  # noqa: N803
     tl.store(y + lane, tl.load(x + lane * 3))
 
 
+@triton.jit
+def nonsense(x, y, BLOCK_S: tl.constexpr):  # noqa: N803
+    tl.store(y + tl.arange(0, BLOCK_S), tl.load(x + tl.arange(0, 3)))
+
+
 def judged(kernel: Any, block: int, case: Case | None = None) -> aot_gate.Row:
     case = case or Case(64, 64, 64, arch=80)
     x = torch.empty(block * 3, dtype=case.dtype, device="meta")
@@ -69,6 +74,10 @@ def test_narrow_loads_are_refused() -> None:
     row = judged(loads_one_by_one, 1024)
     assert row.bytes_per_load == 2
     assert any(fault.startswith("loads narrower than they could be") for fault in row.faults)
+
+
+def test_what_does_not_compile_is_refused() -> None:
+    assert any(fault.startswith("does not compile: CompilationError") for fault in judged(nonsense, 1024).faults)
 
 
 def test_unaligned_rows_may_load_narrowly() -> None:

@@ -126,7 +126,8 @@ def _contiguous(problem: Problem, machine: Machine) -> Config:
         return Config("tile", rows, columns, num_warps=_warps(rows * columns, problem.backward))
     if machine.arch == _CLUSTER_ARCH and aligned and rows <= _MOST_CLUSTER_ROWS:
         for num_ctas in _CLUSTER_SIZES:
-            if rows * columns <= capacity * num_ctas:
+            # each CTA has rows of its own: triton cannot reduce a row over the cluster to a vector
+            if rows * columns <= capacity * num_ctas and num_ctas <= rows:
                 return Config("cluster", rows, columns, num_warps=16, num_ctas=num_ctas)
     return _split(problem, machine)
 
