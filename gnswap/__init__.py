@@ -33,6 +33,7 @@ from gnswap._norms import NormState, register_norm
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
 from gnswap._revert import revert
+from gnswap._schedule import SoftnessSchedule
 from gnswap._store import load, save
 from gnswap._validate import Parity, validate_onnx
 
@@ -63,6 +64,7 @@ __all__ = [
     "ProviderError",
     "RevertError",
     "Site",
+    "SoftnessSchedule",
     "StoreError",
     "ValidationError",
     "WrappedModelError",

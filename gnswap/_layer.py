@@ -139,10 +139,7 @@ class FusedGroupNorm(nn.Module):
     def softness(self, value: float) -> None:
         value = _checked_softness(value)
         if self.channel_gain is not None:
-            # gain² = nominal variance + eps + softness, so only the difference has to be known
-            squared = self.channel_gain.double().square() + (value - self._softness)
-            gain = squared.clamp_min(0).sqrt().copysign(self.channel_gain.double())
-            self.channel_gain = gain.to(self.channel_gain.dtype)
+            self.channel_gain = softened(self.channel_gain, value - self._softness)
         self._softness = value
 
     @property
@@ -220,6 +217,13 @@ class FusedGroupNorm(nn.Module):
                 "(gnswap.revert gives the BatchNorm back)."
             )
         return super().__getattr__(name)
+
+
+def softened(gain: Tensor, change: float) -> Tensor:
+    """The gain `[C]` of a standardised layer whose softness changes by `change`: the nominal output stays as it is."""
+    # gain² = nominal variance + eps + softness, so only the difference has to be known
+    squared = (gain.double().square() + change).clamp_min(0)
+    return squared.sqrt().copysign(gain.double()).to(gain.dtype)
 
 
 def _checked_softness(value: float) -> float:

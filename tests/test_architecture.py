@@ -36,7 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"ops._op", "ops._direct", "ops"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
-        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning"}
+        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule"}
     ),
     frozenset(
         {
@@ -103,6 +103,7 @@ SAME_FLOOR = {
     ("_tuning", "_running"): "photos are read in one way",
     ("_tuning", "_sites"): "the norms they are of",
     ("_tuning", "_trial"): "what is chosen is tried",
+    ("_schedule", "_layer"): "it sets the layers' softness",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_cli", "_demo"): "the demo is one of its commands",
     ("_cli", "__init__"): "it calls the verbs by their public names",
