@@ -32,6 +32,8 @@ from gnswap._moments import ChannelStatistics, Moments
 from gnswap._norms import NormState, register_norm
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
+from gnswap._report.records import FidelityReport
+from gnswap._report.verb import report
 from gnswap._revert import revert
 from gnswap._schedule import SoftnessSchedule
 from gnswap._store import load, save
@@ -49,6 +51,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "Fidelity",
+    "FidelityReport",
     "FusedGroupNorm",
     "GnswapError",
     "Inventory",
@@ -78,6 +81,7 @@ __all__ = [
     "ops",
     "plan",
     "register_norm",
+    "report",
     "revert",
     "save",
     "validate_onnx",

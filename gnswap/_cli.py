@@ -6,6 +6,7 @@ tables for records, exit codes for errors.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,10 @@ EXIT_ERROR, EXIT_NOTHING_TO_SWAP, EXIT_PARITY_FAILED = 1, 3, 4
 
 class _Group(TyperGroup):
     """Turns the package's errors into one message and an exit code; anything else is a bug and shows as such."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = shlex.join(["gnswap", *args])  # for the report, which says how it came about
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -123,6 +128,7 @@ def inspect(model: ModelName, as_json: AsJson = False) -> None:
 
 @app.command()
 def convert(
+    ctx: typer.Context,
     model: ModelName,
     output: Annotated[
         Path,
@@ -177,7 +183,8 @@ def convert(
     """Swap the BatchNorms of a network and save the result.
 
     Prints the decision on every layer and, with --calib, how far the converted network's answers are from the
-    original's. The directory holds model.safetensors and plan.json and appears only when it is complete.
+    original's. The directory holds model.safetensors, plan.json and report.html, a page to look at (with report.json
+    and figures as PNG), and appears only when it is complete.
 
     **Examples**
 
@@ -208,15 +215,21 @@ def convert(
             _cli_output.note(note)
     elif not pretrained and not _cli_models.is_factory(model):
         _cli_output.note("the weights are random: give --pretrained or --weights for a network that knows something")
+    names: tuple[str, ...] = ()
     if calib is not None:
         photos = PhotoBatches(calib, network, limit=limit, skip_unreadable=True)
         for skipped in photos.skipped:
             _cli_output.note(f"skipped: {skipped}")
         options["calibration"] = _cli_output.Watched(photos, f"{photos.photos} photos")
+        names = photos.names
     with _cli_output.step("converting"), _cli_output.warnings_as_notes():
         conversion = gnswap.convert(network, **options)
-    with _cli_output.step(f"saving to {output}"):
-        gnswap.save(conversion, output, source=_cli_models.source_of(model))
+    with _cli_output.step("reporting"):
+        kept = gnswap.report(
+            network, conversion, options.get("calibration"), held_out=False, photo_names=names, command=ctx.obj
+        )
+    with _cli_output.step(f"saving to {output}"), _cli_output.warnings_as_notes():
+        gnswap.save(conversion, output, source=_cli_models.source_of(model), report=kept)
     source = saved_source(output)
     data = {
         "model": model,
@@ -228,7 +241,8 @@ def convert(
     views = [_cli_tables.plan_view(conversion.plan)]
     if conversion.report.fidelity is not None:
         views.append(_cli_tables.fidelity_view(conversion.report.fidelity))
-    _cli_output.result(data, [*views, f"Saved to [bold]{escape(str(output))}[/]."], as_json)
+    seen = f"Saved to [bold]{escape(str(output))}[/]; what was kept: [bold]{escape(str(output / 'report.html'))}[/]."
+    _cli_output.result(data, [*views, seen], as_json)
 
 
 @app.command()

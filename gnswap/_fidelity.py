@@ -101,8 +101,8 @@ def compare(original: nn.Module, converted: nn.Module, batches: Iterable[Any], *
         >>> fidelity.photos, fidelity.agreement, fidelity.logit_error
         (4, 1.0, 0.0)
     """
-    names = _swapped(original, converted) if layers else []
-    answers, errors = _Answers(classifier=getattr(original, "num_classes", None) != 0), _Errors(names)
+    names = swapped_layers(original, converted) if layers else []
+    answers, errors = Answers(classifier=getattr(original, "num_classes", None) != 0), LayerErrors(names)
     with eval_mode(original, converted), torch.no_grad():
         for x, labels in chunks(batches, _ROWS if names else None):
             with errors.hooked(original, errors.keep):
@@ -116,7 +116,7 @@ def compare(original: nn.Module, converted: nn.Module, batches: Iterable[Any], *
     return answers.result(errors.result())
 
 
-class _Answers:
+class Answers:
     """Streaming sums over the networks' outputs."""
 
     def __init__(self, *, classifier: bool) -> None:
@@ -175,7 +175,7 @@ class _Answers:
         )
 
 
-class _Errors:
+class LayerErrors:
     """Streaming sums over the swapped norms' outputs, gathered by hooks while the two networks run in turn."""
 
     def __init__(self, names: list[str]) -> None:
@@ -196,6 +196,14 @@ class _Errors:
         sums[0] += _dot(difference, difference)
         sums[1] += _dot(expected, expected)
         sums[2] += _dot(expected, found)
+
+    def expect(self, other: LayerErrors) -> None:
+        """Wait for the outputs that `other` has kept, which it may hand to others as well."""
+        self.waiting = {name: list(outputs) for name, outputs in other.waiting.items()}
+
+    def forget(self) -> None:
+        """Let go of the outputs that were kept."""
+        self.waiting = {name: [] for name in self.waiting}
 
     def finish(self) -> None:
         for name, outputs in self.waiting.items():
@@ -239,7 +247,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.stack([torch.dot(*pair) for pair in pairs]).sum(dtype=torch.float64))
 
 
-def _swapped(original: nn.Module, converted: nn.Module) -> list[str]:
+def swapped_layers(original: nn.Module, converted: nn.Module) -> list[str]:
     names = [name for name, module in converted.named_modules() if isinstance(module, FusedGroupNorm)]
     theirs = {name for name, _ in original.named_modules(remove_duplicate=False)}
     if missing := [name for name in names if name not in theirs]:

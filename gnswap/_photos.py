@@ -93,6 +93,11 @@ class PhotoBatches:
         """How many photos there are in all batches together."""
         return len(self._sources)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the photos are called, in the order in which they come: file names; empty for pictures in memory."""
+        return tuple("" if isinstance(source, Image.Image) else Path(source).name for source in self._sources)
+
     def __len__(self) -> int:
         return -(-len(self._sources) // self.batch_size)
 

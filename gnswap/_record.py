@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from typing import Any, Self
@@ -57,6 +58,13 @@ class Record:
                 fix="The file may be cut off; write it again.",
             ) from error
         return cls.from_dict(data)
+
+
+def on_few_lines(text: str) -> str:
+    """JSON text with every list of numbers on one line: a channel order with a number a line is not readable."""
+    return re.sub(
+        r"\[\n[-\d,.e+\s]+\]", lambda found: re.sub(r",\s+", ", ", re.sub(r"\s*([\[\]])\s*", r"\1", found[0])), text
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -24,7 +23,11 @@ from gnswap._carry import origin
 from gnswap._directory import readable, refuse_foreign, replaced
 from gnswap._errors import PlanError, PlanMismatchError, RevertError, StoreError
 from gnswap._layer import FusedGroupNorm
+from gnswap._record import on_few_lines
 from gnswap._records import Plan
+from gnswap._report.records import FidelityReport
+from gnswap._report.write import FILES as REPORT_FILES
+from gnswap._report.write import write_report
 from gnswap._revert import revert
 from gnswap._saved import STORE_SCHEMA_VERSION, LayerState, ModelSource, Saved
 from gnswap._source import discover, mismatch, rebuild, skeleton
@@ -41,7 +44,11 @@ class HasModel(Protocol):
 
 
 def save(
-    conversion_or_model: HasModel | nn.Module, directory: str | Path, *, source: ModelSource | None = None
+    conversion_or_model: HasModel | nn.Module,
+    directory: str | Path,
+    *,
+    source: ModelSource | None = None,
+    report: FidelityReport | None = None,
 ) -> None:
     """Write a converted network to a directory, trained or not.
 
@@ -53,6 +60,8 @@ def save(
         conversion_or_model: what `gnswap.convert` or `gnswap.apply` returned.
         directory: new, empty, or one that `save` wrote and that holds nothing else; parents are made.
         source: how the architecture was built; by default found out for timm models, and proven by building it.
+        report: what `gnswap.report` found, to be written beside it: report.html, report.json, PNG figures. A report
+            that was there before is of the network that was there, and goes with it.
 
     Raises:
         StoreError: the model was not converted; `directory` holds something else; a tensor cannot be stored;
@@ -100,8 +109,10 @@ def save(
             other_mode=tuple(path for path, module in _sites.walk(held) if module.training != held.training),
             frozen=tuple(name for name, p in held.named_parameters(remove_duplicate=False) if not p.requires_grad),
         )
-        (fresh / PLAN_FILE).write_text(_on_few_lines(saved.to_json()) + "\n", encoding="utf-8")
+        (fresh / PLAN_FILE).write_text(on_few_lines(saved.to_json()) + "\n", encoding="utf-8")
         (fresh / WEIGHTS_FILE).chmod((fresh / PLAN_FILE).stat().st_mode)  # safetensors makes it private
+        if report is not None:
+            write_report(report, fresh)
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -312,7 +323,7 @@ def _read_weights(folder: Path, saved: Saved, plan: Plan) -> tuple[dict[str, Ten
 def _foreign(directory: Path) -> str | None:
     """Why a directory must not be replaced by a saved conversion."""
     names = {entry.name for entry in directory.iterdir()}
-    if others := sorted(names - {PLAN_FILE, WEIGHTS_FILE}):
+    if others := sorted(names - {PLAN_FILE, WEIGHTS_FILE, *REPORT_FILES}):
         return f"it also holds {', '.join(others[:3])}"
     if names:
         try:
@@ -331,10 +342,3 @@ def _plan_checksum(plan: Plan) -> str:
 def _file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _on_few_lines(text: str) -> str:
-    """Lists of numbers on one line each: a channel order with a number a line is not readable."""
-    return re.sub(
-        r"\[\n[-\d,\s]+\]", lambda found: re.sub(r",\s+", ", ", re.sub(r"\s*([\[\]])\s*", r"\1", found[0])), text
-    )

@@ -27,6 +27,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_trace",
             "_onnx_graph",
             "_providers",
+            "_report",
+            "_report.svg",
+            "_report.levers",
         }
     ),
     frozenset({"ops._aten", "ops._cpu"})
@@ -55,7 +58,22 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"_convert", "_store", "_samples", "_photos", "_baselines"} | {"_cli_models", "_cli_output", "_cli_tables"}
+        {"_convert", "_store", "_samples", "_photos", "_baselines"}
+        | {"_cli_models", "_cli_output", "_cli_tables"}
+        | {
+            f"_report.{part}"
+            for part in (
+                "records",
+                "photos",
+                "spread",
+                "measure",
+                "charts",
+                "html",
+                "figures",
+                "write",
+                "verb",
+            )
+        }
     ),
     frozenset({"_cli", "_demo", "__main__", "__init__"}),
 )
@@ -105,6 +123,25 @@ SAME_FLOOR = {
     ("_tuning", "_trial"): "what is chosen is tried",
     ("_schedule", "_layer"): "it sets the layers' softness",
     ("_carry", "_sites"): "what is carried is put in place there",
+    ("_store", "_report.records"): "a saved network has its report beside it",
+    ("_store", "_report.write"): "the same",
+    ("_report.photos", "_report.records"): "the record is put together from what these see",
+    ("_report.spread", "_report.records"): "the same",
+    ("_report.measure", "_report.records"): "the same",
+    ("_report.measure", "_report.photos"): "it shows the photos one by one",
+    ("_report.charts", "_report.records"): "they draw the record",
+    ("_report.html", "_report.charts"): "the page holds the charts",
+    ("_report.html", "_report.records"): "and shows the record",
+    ("_report.figures", "_report.records"): "they draw the record",
+    ("_report.write", "_report.html"): "the files are these",
+    ("_report.write", "_report.figures"): "the same",
+    ("_report.write", "_report.records"): "the same",
+    ("_report.verb", "_convert"): "a conversion is reported on",
+    ("_report.verb", "_report.measure"): "the verb puts the parts together",
+    ("_report.verb", "_report.photos"): "the same",
+    ("_report.verb", "_report.records"): "the same",
+    ("_report.verb", "_report.spread"): "the same",
+    ("_report.verb", "_report.write"): "the same",
     ("_cli", "_demo"): "the demo is one of its commands",
     ("_cli", "__init__"): "it calls the verbs by their public names",
     ("__main__", "_cli"): "python -m gnswap is gnswap",
