@@ -252,6 +252,19 @@ def test_convert_prints_one_json_document(run: Run, photos: Path) -> None:
     assert data["source"] == {"kind": "factory", "name": "nets:small", "options": {}}
 
 
+def test_convert_writes_a_report(run: Run, photos: Path, tmp_path: Path) -> None:
+    result = run("convert", "nets:small", "-o", "out", "--groups", "4", "--calib", str(photos))
+    assert result.exit_code == 0, result.stderr
+    assert f"what was kept: {Path('out') / 'report.html'}" in result.stdout
+    report = gnswap.FidelityReport.from_json((tmp_path / "out" / "report.json").read_text())
+    assert (report.photos, report.held_out, report.swapped) == (3, False, 1)
+    assert report.command == f"gnswap convert nets:small -o out --groups 4 --calib {photos}"
+    assert {photo.name for photo in report.worst} == {"0.png", "1.png", "2.png"}
+    assert all(photo.thumbnail for photo in report.worst)
+    assert run("convert", "nets:small", "-o", "out").exit_code == 0  # a report is no foreign file
+    assert gnswap.FidelityReport.from_json((tmp_path / "out" / "report.json").read_text()).photos == 0
+
+
 def test_convert_prints_the_fidelity(run: Run, photos: Path) -> None:
     (photos / "broken.png").write_bytes(b"no picture")
     result = run("convert", "nets:small", "-o", "out", "--calib", str(photos))
