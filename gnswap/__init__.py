@@ -30,6 +30,7 @@ from gnswap._inspect import inspect
 from gnswap._layer import FusedGroupNorm
 from gnswap._moments import ChannelStatistics, Moments
 from gnswap._norms import NormState, register_norm
+from gnswap._parity import Parity
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
 from gnswap._report.records import FidelityReport
@@ -37,7 +38,7 @@ from gnswap._report.verb import report
 from gnswap._revert import revert
 from gnswap._schedule import SoftnessSchedule
 from gnswap._store import load, save
-from gnswap._validate import Parity, validate_onnx
+from gnswap._validate import validate_onnx
 
 __version__ = "0.1.0"
 

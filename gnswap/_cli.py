@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.markup import escape
-from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import gnswap
-from gnswap import _cli_models, _cli_output, _cli_tables
-from gnswap._errors import ArgumentError, CalibrationError, GnswapError, NothingToSwapError
+from gnswap import _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
+from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Rebuilt
+from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
 from gnswap._store import require_free, saved_source
 
-EXIT_ERROR, EXIT_NOTHING_TO_SWAP, EXIT_PARITY_FAILED = 1, 3, 4
+EXIT_ERROR, EXIT_NOTHING_TO_SWAP = 1, 3
 
 
 class _Group(TyperGroup):
@@ -55,30 +55,6 @@ app = typer.Typer(
     "Exit codes: 0 fine, 1 an error of gnswap's, 2 wrong usage, 3 nothing to swap, 4 parity failed. "
     "Results go to stdout, progress and messages to stderr.",
 )
-
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A timm name such as resnet50 or tf_efficientnet_lite0.in1k, or package.module:factory, a function that "
-        "returns the network; the current directory can be imported from.",
-    ),
-]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that gnswap convert wrote.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Rebuilt = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="The original network, as given to convert. Needed where it is no timm model: code that a file names is "
-        "never run by itself.",
-    ),
-]
-InputShape = Annotated[
-    str | None,
-    typer.Option("--input", metavar="CxHxW", help="Shape of one input, such as 3x224x224. timm models know theirs."),
-]
 
 
 def main() -> None:
@@ -262,51 +238,14 @@ def export(
 
         gnswap export out -o out.onnx --model mypackage.models:build --input 3x64x64
     """
-    network = _load(directory, model)
-    example = _example(network, input_shape)
+    network = _cli_options.load(directory, model)
+    example = _cli_options.example(network, input_shape)
     with _cli_output.step(f"exporting to {output}"), _cli_output.warnings_as_notes():
         report = gnswap.export_onnx(network, output, example, target=target)
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
 
 
-@app.command()
-def validate(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What gnswap export wrote.")],
-    directory: Directory,
-    provider: Annotated[
-        Literal["cpu", "cuda", "tensorrt"],
-        typer.Option("--provider", help="Where onnxruntime runs it; a fallback to the CPU is an error."),
-    ] = "cuda",
-    images: Annotated[
-        Path | None,
-        typer.Option("--images", metavar="DIR", help="Photos to compare on; random numbers where not given."),
-    ] = None,
-    model: Rebuilt = None,
-    input_shape: InputShape = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run an exported file in onnxruntime and compare it with the converted network. Exit code 4 where they differ.
-
-    **Examples**
-
-        gnswap validate resnet50-gn.onnx resnet50-gn --provider cpu
-
-        gnswap validate resnet50-gn.onnx resnet50-gn --provider tensorrt --images photos/ --json
-    """
-    network = _load(directory, model)
-    inputs: Any = _example(network, input_shape)
-    if images is not None:
-        inputs = next(iter(PhotoBatches(images, network, batch_size=16, limit=16, skip_unreadable=True)))
-    with _cli_output.step(f"running {file} on {provider}"), _cli_output.warnings_as_notes():
-        parity = gnswap.validate_onnx(file, network, inputs, provider=provider)
-    _cli_output.result(
-        {**parity.to_dict(), "passed": parity.passed},
-        _cli_tables.record_view(parity, f"{file} against {directory}"),
-        as_json,
-    )
-    if not parity.passed:
-        _cli_output.stderr().print("[bold red]parity failed[/]")
-        raise typer.Exit(EXIT_PARITY_FAILED)
+app.command()(_cli_validate.validate)
 
 
 @app.command()
@@ -333,7 +272,7 @@ def demo(
         report = _demo.run(out, _cli_output.step)
     _cli_output.result(report.to_dict(), _demo.view(report), as_json)
     if not report.parity.passed:
-        raise typer.Exit(EXIT_PARITY_FAILED)
+        raise typer.Exit(_cli_validate.EXIT_PARITY_FAILED)
 
 
 @app.command()
@@ -351,35 +290,6 @@ def doctor(as_json: AsJson = False) -> None:
     with _cli_output.step("looking at kernels and execution providers"):
         report = _doctor.examine()
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, "this machine"), as_json)
-
-
-def _load(directory: Path, model: str | None) -> nn.Module:
-    with _cli_output.step(f"loading {directory}"):
-        source = saved_source(directory)
-        if model is None and source is not None and source.kind == "factory":
-            raise ArgumentError(
-                "code that a file names is not run by itself",
-                where=str(directory),
-                found=f"built by {source}",
-                fix=f"Say that it is fine: --model {source}",
-            )
-        network = gnswap.load(directory, None if model is None else _cli_models.build_model(model))
-    return network.eval()
-
-
-def _example(network: nn.Module, shape: str | None) -> Tensor:
-    import torch
-
-    if shape is not None:
-        if not all(part.isdecimal() and int(part) for part in shape.split("x")):
-            raise typer.BadParameter(f"{shape!r} is no shape such as 3x224x224", param_hint="--input")
-        size = tuple(map(int, shape.split("x")))
-    else:
-        config = getattr(network, "pretrained_cfg", None) or {}
-        if "input_size" not in config:
-            raise CalibrationError("it is not known what inputs this network takes", fix="Give --input, as 3x224x224.")
-        size = tuple(config["input_size"])
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> int | float | str:

@@ -38,9 +38,11 @@ _ADVICE = {
     "libcu": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
     "libnv": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
 }
+_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
     "tensor(double)": torch.float64,
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
@@ -255,8 +257,8 @@ def as_cases(inputs: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> 
     return cases
 
 
-def check_case(session: Any, case: tuple[Tensor, ...]) -> None:
-    """Hold one case against the inputs that a file declares.
+def fitted(session: Any, case: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One case as a file takes it: fp32 values are rounded to fp16 or bf16 where that is what the file declares.
 
     Raises:
         ArgumentError: another number of inputs, another shape where an axis is fixed, or another dtype.
@@ -270,35 +272,67 @@ def check_case(session: Any, case: tuple[Tensor, ...]) -> None:
             found=str(len(case)),
             fix="Several inputs of one batch go into one tuple.",
         )
-    for one, value in zip(declared, case, strict=True):
-        fits = len(one.shape) == value.dim() and all(
-            isinstance(size, str) or size == given for size, given in zip(one.shape, value.shape, strict=True)
+    return tuple(_fitted(one, value) for one, value in zip(declared, case, strict=True))
+
+
+def _fitted(declared: Any, value: Tensor) -> Tensor:
+    fits = len(declared.shape) == value.dim() and all(
+        isinstance(size, str) or size == given for size, given in zip(declared.shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ArgumentError(
+            "the file does not take this shape",
+            where=declared.name,
+            expected="x".join(map(str, declared.shape)),
+            found="x".join(map(str, value.shape)),
         )
-        if not fits:
-            raise ArgumentError(
-                "the file does not take this shape",
-                where=one.name,
-                expected="x".join(map(str, one.shape)),
-                found="x".join(map(str, value.shape)),
-            )
-        if _DTYPES.get(one.type) != value.dtype:
-            raise ArgumentError(
-                "the file does not take this dtype", where=one.name, expected=one.type, found=str(value.dtype)
-            )
+    wanted = _DTYPES.get(declared.type)
+    if value.dtype == torch.float32 and wanted in (torch.float16, torch.bfloat16):
+        return value.to(wanted)
+    if wanted != value.dtype:
+        raise ArgumentError(
+            "the file does not take this dtype", where=declared.name, expected=declared.type, found=str(value.dtype)
+        )
+    return value
 
 
-def run(session: Any, case: tuple[Tensor, ...]) -> list[np.ndarray[Any, Any]]:
-    """The session's outputs for one checked case.
+def run(session: Any, case: tuple[Tensor, ...]) -> list[Tensor]:
+    """The session's outputs for one fitted case, on the CPU.
 
     Raises:
         ValidationError: onnxruntime fails while it runs.
     """
-    feed = {one.name: value.detach().cpu().numpy() for one, value in zip(session.get_inputs(), case, strict=True)}
+    feed = {one.name: ort_value(value) for one, value in zip(session.get_inputs(), case, strict=True)}
     try:
-        return [np.asarray(value) for value in session.run(None, feed)]
+        return [as_tensor(value) for value in session.run_with_ort_values(None, feed)]
     except Exception as error:  # direct children of Exception, see open_session
         raise ValidationError(
             "onnxruntime fails on an input that the file declares possible",
-            where=", ".join("x".join(map(str, value.shape)) for value in feed.values()),
+            where=", ".join("x".join(map(str, value.shape)) for value in case),
             found=" ".join(str(error).split())[:400],
         ) from error
+
+
+def ort_value(value: Tensor, device: str = "cpu") -> Any:
+    """A tensor as an `onnxruntime.OrtValue` on "cpu" or "cuda". bf16, which numpy does not know, goes as its bits."""
+    kind, value = require_onnxruntime().OrtValue, value.detach().cpu().contiguous()
+    if value.dtype == torch.bfloat16:
+        if device != "cpu":
+            raise ArgumentError("bf16 inputs cannot be put on this device", expected="cpu", found=device)
+        return kind.ortvalue_from_numpy_with_onnx_type(value.view(torch.uint16).numpy(), _ONNX_BFLOAT16)
+    return kind.ortvalue_from_numpy(value.numpy(), device, 0)
+
+
+def as_tensor(value: Any) -> Tensor:
+    """An `onnxruntime.OrtValue` as a tensor on the CPU."""
+    if value.data_type() == "tensor(bfloat16)" and value.device_name() == "cpu":
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).clone()
+    return torch.from_numpy(np.asarray(value.numpy()))
+
+
+def versions(provider: str) -> dict[str, str]:
+    """Versions of torch and onnxruntime and, away from the CPU, of CUDA and the device's name."""
+    found = {"torch": str(torch.__version__), "onnxruntime": str(require_onnxruntime().__version__)}
+    if provider != "cpu" and torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name(0)}
+    return found

@@ -126,12 +126,11 @@ def _runner(
         raise ArgumentError("timing takes one batch", where="inputs", expected="1 batch", found=f"{len(cases)}")
     # idle threads that spin would take the cores from the other session
     session = _providers.open_session(path, provider, threads=threads, spinning=False)
-    _providers.check_case(session, cases[0])
-    runtime = _providers.require_onnxruntime()
+    case = _providers.fitted(session, cases[0])
     device = "cpu" if provider == "cpu" else "cuda"
     binding = session.io_binding()
-    for one, value in zip(session.get_inputs(), cases[0], strict=True):
-        binding.bind_ortvalue_input(one.name, runtime.OrtValue.ortvalue_from_numpy(value.cpu().numpy(), device, 0))
+    for one, value in zip(session.get_inputs(), case, strict=True):
+        binding.bind_ortvalue_input(one.name, _providers.ort_value(value, device))
     for one in session.get_outputs():
         binding.bind_output(one.name, device)
     return lambda: session.run_with_iobinding(binding), int(cases[0][0].shape[0])

@@ -1,81 +1,26 @@
 """validate_onnx: does the ONNX file compute what the torch model computes, and where was asked?
 
-Why a bound relative to the largest output and not to each entry: rounding errors of a network scale with the
-activations that were summed, so an output near zero has the same absolute error as a large one.
+Why against fp64 and not against torch alone: two fp32 runs differ by the sum of two rounding errors, and nothing in
+that number says whether it is much. `gnswap._parity` says how the bound follows from torch's own error.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
+import collections
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gnswap import _providers, _sites
+from gnswap import _onnx_scopes, _parity, _providers, _references, _running, _sites, _stress
 from gnswap._errors import ArgumentError, ValidationError
-from gnswap._record import Record
+from gnswap._parity import LayerParity, OutputParity, Parity, Placed
 
-
-@dataclasses.dataclass(frozen=True)
-class OutputParity(Record):
-    """One output for one input.
-
-    Attributes:
-        name: of the output.
-        input_shapes: of the inputs, as "2x3x224x224".
-        shape: of the output.
-        max_error: largest absolute difference; infinity where the file gives NaN or infinity.
-        scale: largest absolute value of torch's output.
-        relative_error: max_error / scale (max_error itself where scale is 0).
-        top1_agreement: share of rows with the same largest entry, where the output looks like logits
-            (two axes, at least two classes); not part of the verdict.
-        passed: relative_error is within the tolerance; for integer outputs: equal.
-    """
-
-    name: str
-    input_shapes: tuple[str, ...]
-    shape: tuple[int, ...]
-    max_error: float
-    scale: float
-    relative_error: float
-    top1_agreement: float | None
-    passed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Parity(Record):
-    """onnxruntime against torch.
-
-    Attributes:
-        path, provider: what ran, and where; every node of it ran there.
-        tolerance: bound on relative_error.
-        outputs: one entry for every output of every input.
-        notes: what was not compared, and why.
-        versions: of torch and onnxruntime.
-    """
-
-    path: str
-    provider: str
-    tolerance: float
-    outputs: tuple[OutputParity, ...]
-    notes: tuple[str, ...]
-    versions: dict[str, str]
-
-    @property
-    def passed(self) -> bool:
-        """Whether there is at least one comparison and every one passed."""
-        return bool(self.outputs) and all(output.passed for output in self.outputs)
-
-    @property
-    def worst(self) -> OutputParity:
-        """The comparison with the largest relative error."""
-        return max(self.outputs, key=lambda output: output.relative_error)
+_LAYER_ROWS = 2  # samples on which single layers are compared: all their results are held in memory at once
 
 
 def validate_onnx(
@@ -84,21 +29,34 @@ def validate_onnx(
     inputs: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]],
     *,
     provider: str = "cuda",
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     more_shapes: bool = True,
+    special_inputs: bool = True,
+    layers: bool = False,
+    original: nn.Module | None = None,
 ) -> Parity:
     """Run an ONNX file and its torch model on the same inputs and compare every output.
 
-    Beside the inputs as given, batch 1, a larger batch and another height and width are tried where the file says
-    that these axes are dynamic. The model runs in eval mode on its own device; its train flags are restored.
+    The model runs twice: in the file's precision, and in fp64 as the truth. The file passes where its distance from
+    the truth is at most 256 times torch's own in fp32, 8 times in half precision (with a floor of 16 units of
+    rounding, and a cap). Beside the inputs as given, batch 1, a larger batch and two other sizes are tried where the
+    file says that these axes are dynamic, and inputs that careless normalisations fail on: all zero, constant,
+    mean/std 30, tiny variance, huge contrast.
+    The model runs in eval mode on its own device; its train flags are restored.
 
     Args:
-        path: the ONNX file.
+        path: the ONNX file; fp32, fp16 or bf16.
         model: what it was exported from.
-        inputs: a tensor; a tuple of tensors for a model of several inputs; or a list of such batches.
+        inputs: a tensor; a tuple of tensors for a model of several inputs; or a list of such batches. fp32 inputs of
+            a half-precision file are rounded to its type first, for both sides.
         provider: "cpu", "cuda" or "tensorrt"; every node has to run there.
-        tolerance: largest difference that passes, relative to the output's largest entry.
+        tolerance: a bound of your own on the relative error of every row, instead of the derived ones.
         more_shapes: whether to try other batches and sizes than the given ones.
+        special_inputs: whether to try the special inputs.
+        layers: also compare what every GroupNorm gives, on up to 2 of the first inputs: `Parity.first_departure`
+            names the first that is off.
+        original: the network before its conversion; adds how often its top-1 answer on the given inputs is the
+            file's.
 
     Returns:
         one row for every output of every input. A file that differs does not raise: look at `passed`.
@@ -106,9 +64,9 @@ def validate_onnx(
     Raises:
         ArgumentError: no inputs, a wrong number of them, or shapes and dtypes that the file does not take.
         ProviderError: the provider does not run here, or not every node runs on it.
-        ValidationError: onnxruntime cannot run the file, torch's own output is not finite, or the outputs of the
-            two have different numbers or shapes.
-        MissingDependencyError: onnxruntime is missing.
+        ValidationError: onnxruntime cannot run the file, torch's own output on the given inputs is not finite, or
+            the outputs of the two have different numbers or shapes.
+        MissingDependencyError: onnxruntime or onnx is missing.
 
     Example:
         >>> import tempfile, torch, gnswap
@@ -119,139 +77,175 @@ def validate_onnx(
         ...     gnswap.validate_onnx(report.path, model, x, provider="cpu").passed
         True
     """
-    if not 0 < tolerance < math.inf:
+    if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ArgumentError(
             "tolerance out of range", where="tolerance", expected="more than 0, finite", found=repr(tolerance)
         )
-    _sites.require_plain(model)
+    for one in (model, *([original] if original is not None else [])):
+        _sites.require_plain(one)
     cases = _providers.as_cases(inputs)
     session = _providers.open_session(path, provider)
-    for case in cases:
-        _providers.check_case(session, case)
-    rows: list[OutputParity] = []
-    notes: list[str] = []
-    with _in_eval(model), torch.no_grad():
+    cases = [_providers.fitted(session, case) for case in cases]
+    proto = _onnx_scopes.load(path)
+    precision = _onnx_scopes.precision_of(proto)
+    references = _references.References(model, precision)
+    judge = _Judge(session, references, precision, tolerance)
+    found_layers: list[LayerParity] = []
+    with _references.in_eval(references):
         for case in cases:
-            rows += _compare(session, case, _on_device(model, case), tolerance)
-        for case in _other_shapes(session, cases[0]) if more_shapes else ():
-            try:
-                expected = _on_device(model, case)
-            except Exception as error:  # the network itself does not take this size
-                notes.append(f"{_sizes(case)[0]} not compared, the model itself raises {type(error).__name__}")
-                continue
-            rows += _compare(session, case, expected, tolerance)
+            judge.given(case, original)
+        axes = _dynamic_axes(session)
+        more = (
+            *(_stress.other_sizes(cases[0], axes) if more_shapes else ()),
+            *(_stress.special_cases(cases[0], axes) if special_inputs else ()),
+        )
+        for name, case in more:
+            judge.extra(name, case)
+        if layers:
+            few = _stress.resized(cases[0], axes, {"batch": min(_LAYER_ROWS, cases[0][0].shape[0])})
+            found_layers = list(_layers(path, proto, provider, few, judge))
     return Parity(
         path=os.fspath(path),
         provider=provider,
         tolerance=tolerance,
-        outputs=tuple(rows),
-        notes=tuple(notes),
-        versions={
-            "torch": str(torch.__version__),
-            "onnxruntime": str(_providers.require_onnxruntime().__version__),
-        },
+        outputs=tuple(judge.rows),
+        notes=(*references.notes, *judge.notes),
+        versions=_providers.versions(provider),
+        precision=str(precision).removeprefix("torch."),
+        layers=tuple(found_layers),
+        placement=_placement(session),
     )
 
 
-def _compare(session: Any, case: tuple[Tensor, ...], expected: list[Tensor], tolerance: float) -> list[OutputParity]:
-    names = [output.name for output in session.get_outputs()]
-    found = _providers.run(session, case)
-    if len(found) != len(expected):
-        raise ValidationError(
-            "the file and the model have different numbers of outputs",
-            expected=f"{len(expected)} (torch)",
-            found=f"{len(found)} in the file: {', '.join(names)}",
+class _Judge:
+    """Runs the file and the references on one case after the other and keeps a row for every output."""
+
+    def __init__(
+        self, session: Any, references: _references.References, precision: torch.dtype, tolerance: float | None
+    ) -> None:
+        self.session, self.references, self.precision, self.tolerance = session, references, precision, tolerance
+        self.rows: list[OutputParity] = []
+        self.notes: list[str] = []
+
+    def given(self, case: tuple[Tensor, ...], original: nn.Module | None) -> None:
+        own, exact = self.references.run(case)
+        for name, value in zip(self._names(own), own, strict=False):
+            if not bool(torch.isfinite(value).all()):
+                raise ValidationError(
+                    "the torch model's own output is not finite, so there is nothing to compare with",
+                    where=f"{name}, input {', '.join(_sizes(case))}",
+                    fix="Look at the inputs and at the model's parameters for NaN and infinity.",
+                )
+        others = None
+        if original is not None:
+            with _running.eval_mode(original):
+                others = _references.outputs(original, case)
+        self._compare("given", case, own, exact, others)
+
+    def extra(self, name: str, case: tuple[Tensor, ...]) -> None:
+        try:
+            own, exact = self.references.run(case)
+        except Exception as error:  # the network itself does not take this size
+            self.notes.append(f"{name} not compared, the model itself raises {type(error).__name__}")
+            return
+        if not all(bool(torch.isfinite(value).all()) for value in own):
+            self.notes.append(f"{name} not compared, torch's own output in {self.precision} is not finite")
+            return
+        self._compare(name, case, own, exact, None)
+
+    def _names(self, own: list[Tensor]) -> list[str]:
+        names = [output.name for output in self.session.get_outputs()]
+        if len(names) != len(own):
+            raise ValidationError(
+                "the file and the model have different numbers of outputs",
+                expected=f"{len(own)} (torch)",
+                found=f"{len(names)} in the file: {', '.join(names)}",
+            )
+        return names
+
+    def _compare(
+        self,
+        inputs: str,
+        case: tuple[Tensor, ...],
+        own: list[Tensor],
+        exact: list[Tensor] | None,
+        original: list[Tensor] | None,
+    ) -> None:
+        for number, (name, found) in enumerate(zip(self._names(own), _providers.run(self.session, case), strict=True)):
+            if found.shape != own[number].shape:
+                raise ValidationError(
+                    "the outputs have different shapes",
+                    where=f"{name}, input {', '.join(_sizes(case))}",
+                    expected=f"{tuple(own[number].shape)} (torch)",
+                    found=f"{tuple(found.shape)}",
+                )
+            row = _parity.output_row(
+                name,
+                inputs,
+                tuple(_sizes(case)),
+                found,
+                own[number],
+                None if exact is None else exact[number],
+                precision=self.precision,
+                tolerance=self.tolerance,
+                original=original[number] if original is not None and number < len(original) else None,
+            )
+            self.rows.append(row)
+            lost = row.torch_error or 0.0
+            if _parity.FACTOR[self.precision] * lost > row.bound and self.tolerance is None:
+                self.notes.append(
+                    f"{name}, {inputs}: torch's own error in {self.precision} is {lost:.1e}; the bound is capped"
+                )
+
+
+def _layers(
+    path: str | os.PathLike[str], proto: Any, provider: str, case: tuple[Tensor, ...], judge: _Judge
+) -> Iterator[LayerParity]:
+    """Every norm's result in the file beside torch's, in torch's order of execution."""
+    expected = judge.references.norms(case)
+    if not expected:
+        judge.notes.append("layers not compared: there is no fp64 run of them, or the model has no GroupNorm")
+        return
+    values = _onnx_scopes.results(proto.graph, _references.norm_paths(judge.references.own))
+    unclear = [name for name, calls in expected.items() if len(values[name]) != len(calls)]
+    if unclear:
+        more = f" and {len(unclear) - 5} more" if len(unclear) > 5 else ""
+        judge.notes.append(
+            f"{len(unclear)} of {len(expected)} layers not compared, their results cannot be told apart in the file "
+            f"by the names of its nodes: {', '.join(unclear[:5])}{more}"
         )
+    wanted = {name: values[name] for name in expected if name not in unclear}
+    if not wanted:
+        return
+    names = [value for listed in wanted.values() for value in listed]
+    with tempfile.TemporaryDirectory() as folder:
+        session = _providers.open_session(_onnx_scopes.with_outputs(path, names, Path(folder)), provider)
+        heard = dict(zip([output.name for output in session.get_outputs()], _providers.run(session, case), strict=True))
+    for name, listed in wanted.items():
+        for value, (own, exact) in zip(listed, expected[name], strict=True):
+            found = heard[value].double()
+            if found.shape != exact.shape:
+                judge.notes.append(f"{name} not compared: {value} in the file is {tuple(found.shape)}")
+                continue
+            yield _parity.layer_row(
+                name, value, found, own, exact, precision=judge.precision, tolerance=judge.tolerance
+            )
+
+
+def _dynamic_axes(session: Any) -> list[dict[str, int]]:
     return [
-        _row(name, case, torch.from_numpy(np.asarray(one)), other, tolerance)
-        for name, one, other in zip(names, found, expected, strict=True)
-    ]
-
-
-def _row(name: str, case: tuple[Tensor, ...], found: Tensor, expected: Tensor, tolerance: float) -> OutputParity:
-    if found.shape != expected.shape:
-        raise ValidationError(
-            "the outputs have different shapes",
-            where=f"{name}, input {', '.join(_sizes(case))}",
-            expected=f"{tuple(expected.shape)} (torch)",
-            found=f"{tuple(found.shape)}",
-        )
-    if not bool(torch.isfinite(expected).all()):
-        raise ValidationError(
-            "the torch model's own output is not finite, so there is nothing to compare with",
-            where=f"{name}, input {', '.join(_sizes(case))}",
-            fix="Look at the inputs and at the model's parameters for NaN and infinity.",
-        )
-    looks_like_logits = expected.is_floating_point() and expected.dim() == 2 and expected.shape[1] > 1
-    agreement = None
-    if looks_like_logits and expected.numel():
-        agreement = float((found.argmax(1) == expected.argmax(1)).double().mean())
-    exact = not expected.is_floating_point()
-    found, expected = found.double(), expected.double()
-    scale = float(expected.abs().amax()) if expected.numel() else 0.0
-    error = float((found - expected).abs().amax()) if expected.numel() else 0.0
-    error = error if math.isfinite(error) else math.inf
-    relative = error / scale if scale else error
-    return OutputParity(
-        name=name,
-        input_shapes=tuple(_sizes(case)),
-        shape=tuple(expected.shape),
-        max_error=error,
-        scale=scale,
-        relative_error=relative,
-        top1_agreement=agreement,
-        passed=error == 0.0 if exact else relative <= tolerance,
-    )
-
-
-def _other_shapes(session: Any, case: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Batch 1, a larger odd batch, and another height and width, where the file's axes are dynamic."""
-    axes = [
         {name: axis for axis, name in enumerate(one.shape) if isinstance(name, str)} for one in session.get_inputs()
     ]
-    if any("batch" in one for one in axes):
-        batch = next(value.shape[one["batch"]] for value, one in zip(case, axes, strict=True) if "batch" in one)
-        for size in {1, 2 * batch + 1} - {batch}:
-            yield _resized(case, axes, {"batch": size})
-    names = sorted({name for one in axes for name in one} - {"batch"})
-    if names:
-        # odd sizes, and different ones for each axis, so that swapped or rounded axes show
-        yield _resized(case, axes, {name: 1 + 2 * (number + 8) for number, name in enumerate(names)}, grow=True)
 
 
-def _resized(
-    case: tuple[Tensor, ...], axes: list[dict[str, int]], sizes: dict[str, int], *, grow: bool = False
-) -> tuple[Tensor, ...]:
-    """The case with some named axes cut, or continued by repetition, to `sizes` (`grow`: by that many more)."""
-    resized = []
-    for value, named in zip(case, axes, strict=True):
-        for name in sizes.keys() & named.keys():
-            axis = named[name]
-            length = sizes[name] + (value.shape[axis] if grow else 0)
-            value = value.index_select(axis, torch.arange(length, device=value.device) % value.shape[axis])
-        resized.append(value)
-    return tuple(resized)
-
-
-def _on_device(model: nn.Module, case: tuple[Tensor, ...]) -> list[Tensor]:
-    """The model's outputs, on the CPU, in the order of the ONNX file's outputs."""
-    state = next((tensor for tensor in model.state_dict().values() if tensor.is_floating_point()), None)
-    if state is not None:
-        case = tuple(value.to(state.device, state.dtype if value.is_floating_point() else None) for value in case)
-    leaves = torch.utils._pytree.tree_leaves(model(*case))
-    return [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+def _placement(session: Any) -> tuple[Placed, ...]:
+    counts = collections.Counter(
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    )
+    return tuple(Placed(provider, operator, nodes) for (provider, operator), nodes in counts.most_common())
 
 
 def _sizes(case: tuple[Tensor, ...]) -> list[str]:
     return ["x".join(map(str, value.shape)) for value in case]
-
-
-@contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

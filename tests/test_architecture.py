@@ -30,6 +30,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_report",
             "_report.svg",
             "_report.levers",
+            "_parity",
+            "_stress",
+            "_onnx_scopes",
         }
     ),
     frozenset({"ops._aten", "ops._cpu"})
@@ -39,7 +42,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"ops._op", "ops._direct", "ops"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
-        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule"}
+        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
     ),
     frozenset(
         {
@@ -75,7 +78,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             )
         }
     ),
-    frozenset({"_cli", "_demo", "__main__", "__init__"}),
+    frozenset({"_cli", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
 )
 SAME_FLOOR = {
     ("ops._reference", "ops._activations"): "the definition of the norm ends with an activation",
@@ -122,6 +125,9 @@ SAME_FLOOR = {
     ("_tuning", "_sites"): "the norms they are of",
     ("_tuning", "_trial"): "what is chosen is tried",
     ("_schedule", "_layer"): "it sets the layers' softness",
+    ("_references", "_layer"): "the norms whose results are compared",
+    ("_references", "_running"): "the networks run in eval mode",
+    ("_references", "_sites"): "every norm is known under all its names",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_store", "_report.records"): "a saved network has its report beside it",
     ("_store", "_report.write"): "the same",
@@ -142,6 +148,10 @@ SAME_FLOOR = {
     ("_report.verb", "_report.records"): "the same",
     ("_report.verb", "_report.spread"): "the same",
     ("_report.verb", "_report.write"): "the same",
+    ("_cli", "_cli_options"): "what several commands share",
+    ("_cli", "_cli_validate"): "one of its commands",
+    ("_cli_validate", "_cli_options"): "what several commands share",
+    ("_cli_validate", "__init__"): "it calls the verb by its public name",
     ("_cli", "_demo"): "the demo is one of its commands",
     ("_cli", "__init__"): "it calls the verbs by their public names",
     ("__main__", "_cli"): "python -m gnswap is gnswap",

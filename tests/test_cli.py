@@ -451,13 +451,23 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
     assert json.loads(result.stdout)["passed"] is True
     result = run(*validate)
     assert result.exit_code == 0, result.stderr
-    assert "relative error" in result.stdout
+    assert "torch's own" in result.stdout
+    assert "all on CPUExecutionProvider" in result.stdout
+    result = run(*validate, "--images", str(photos), "--limit", "2", "--layers", "--original")
+    assert result.exit_code == 0, result.stderr
+    assert "2x3x16x16" in result.stdout
+    assert "1 of 1 norms" in result.stdout
+    assert "Every norm that was compared is within its bound" in result.stdout
+    assert run(*validate, "--tolerance", "1e-12").exit_code == 4
 
     assert run("convert", "nets:small", "-o", "out", "--groups", "1", "--softness", "0").exit_code == 0
     result = run(*validate, "--json")
     assert result.exit_code == 4
     assert json.loads(result.stdout)["passed"] is False
     assert "parity failed" in said(result)
+    result = run(*validate, "--layers")
+    assert result.exit_code == 4
+    assert "The first norm that departs: 1, by" in " ".join(result.stdout.split())
 
     if not torch.cuda.is_available():
         result = run("validate", "out.onnx", "out", "--model", "nets:small")

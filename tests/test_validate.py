@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from _models import randomise_norms, small_cnn
 from torch import Tensor, nn
 
-from gnswap import _providers, _validate
+from gnswap import _parity, _providers, _stress
 from gnswap._apply import apply
 from gnswap._errors import ArgumentError, MissingDependencyError, ProviderError, ValidationError, WrappedModelError
 from gnswap._export import export_onnx
+from gnswap._parity import Parity
 from gnswap._plan import plan
 from gnswap._timing import compare_speed, time_onnx
-from gnswap._validate import Parity, validate_onnx
+from gnswap._validate import validate_onnx
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a CUDA device")
 
@@ -72,11 +74,50 @@ def parity(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Parit
 def test_every_output_at_several_batches_and_sizes(parity: Parity) -> None:
     assert parity.passed
     assert {row.name for row in parity.outputs} == {"logits", "map", "label"}
-    shapes = {row.input_shapes[0] for row in parity.outputs}
-    assert {"2x3x12x10", "1x3x12x10", "5x3x12x10"} < shapes
-    assert len(shapes) == 4  # and one more height and width
+    shapes = {row.inputs: row.input_shapes[0] for row in parity.outputs}
+    assert shapes.items() > {"given": "2x3x12x10", "batch 1": "1x3x12x10", "batch 5": "5x3x12x10"}.items()
+    assert shapes.items() > {"size 29x29": "1x3x29x29", "size 7x8": "1x3x7x8"}.items()
     assert 0 < parity.worst.relative_error < 1e-5
     assert Parity.from_json(parity.to_json()) == parity
+
+
+def test_special_inputs(parity: Parity, inputs: tuple[Tensor, Tensor]) -> None:
+    special = {"all zero", "constant", "mean/std 30", "tiny variance", "huge contrast"}
+    assert special < {row.inputs for row in parity.outputs}
+    made = dict(_stress.special_cases(inputs, [{"batch": 0}, {"batch": 0}]))
+    assert all(image.shape == (1, 3, 12, 10) and shift.shape == (1, 5) for image, shift in made.values())
+    assert not made["all zero"][0].any()
+    assert made["constant"][0].unique().numel() == 1
+    steep = made["mean/std 30"][0]
+    assert float(steep.mean() / steep.std()) == pytest.approx(30, rel=0.1)
+    assert float(made["tiny variance"][0].std() / inputs[0][:1].std()) == pytest.approx(1e-4, rel=0.1)
+    assert float(made["huge contrast"][0].std() / inputs[0][:1].std()) == pytest.approx(1e3, rel=0.01)
+    counted = torch.tensor([[1, 2]])
+    assert not list(_stress.special_cases((counted,), [{}]))  # integers mean something
+
+
+def test_bounds_follow_torch(parity: Parity) -> None:
+    rows = [row for row in parity.outputs if row.name != "label"]
+    assert all(row.torch_error is not None and row.torch_error < 1e-5 for row in rows)
+    for row in rows:
+        assert row.bound == _parity.bound_of(row.torch_error, torch.float32)
+        assert row.error <= row.bound
+    assert parity.precision == "float32"
+
+
+def test_every_norm_is_compared(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    report = validate_onnx(
+        path, model, inputs, provider="cpu", more_shapes=False, special_inputs=False, layers=True, original=TwoHeads()
+    )
+    assert report.passed
+    assert [layer.name for layer in report.layers] == ["body.1", "body.4"]
+    assert all(0 < layer.error < 1e-5 and 0 < layer.torch_error < 1e-5 for layer in report.layers)
+    assert report.first_departure is None
+    assert not report.notes
+    given = {row.name: row for row in report.outputs}
+    assert given["logits"].top1_original in (0.0, 0.5, 1.0)
+    assert given["map"].top1_original is None
+    assert {(row.provider, row.operator) for row in report.placement} > {("CPUExecutionProvider", "Conv")}
 
 
 def test_only_logits_have_a_top1_agreement(parity: Parity) -> None:
@@ -92,20 +133,25 @@ def test_the_model_is_given_back_as_it_was(path: Path, model: nn.Module, inputs:
     assert [module.training for module in network.modules()] == flags
 
 
-def test_a_size_that_the_model_refuses_is_noted(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+def with_forward(model: nn.Module, forward: Any) -> nn.Module:
+    """A copy of the model of another class, whose forward is given; `super().forward` is its first argument."""
     network = copy.deepcopy(model)
-    forward = network.forward
+    inner = type(model).forward
+    network.__class__ = type("Other", (type(model),), {"forward": lambda self, *xs: forward(partial(inner, self), *xs)})
+    return network
 
-    def picky(image: Tensor, shift: Tensor) -> Any:
+
+def test_a_size_that_the_model_refuses_is_noted(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    def picky(inner: Any, image: Tensor, shift: Tensor) -> Any:
         if image.shape[2] != 12:
             raise RuntimeError("size")
-        return forward(image, shift)
+        return inner(image, shift)
 
-    network.forward = picky
-    report = validate_onnx(path, network, inputs, provider="cpu")
+    report = validate_onnx(path, with_forward(model, picky), inputs, provider="cpu", special_inputs=False)
     assert report.passed
-    assert len(report.notes) == 1
-    assert "model itself raises RuntimeError" in report.notes[0]
+    assert report.notes == tuple(
+        f"size {size} not compared, the model itself raises RuntimeError" for size in ("29x29", "7x8")
+    )
 
 
 # what does not pass
@@ -120,12 +166,99 @@ def tampered(path: Path, folder: Path, name: str, change: float) -> Path:
     return folder / "tampered.onnx"
 
 
-def test_a_tampered_file_fails(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    file = tampered(path, tmp_path, "body.8.weight", 1e-3)
-    report = validate_onnx(file, model, inputs, provider="cpu")
+@pytest.mark.parametrize(("weight", "first"), [("body.0.weight", "body.1"), ("body.3.weight", "body.4")])
+def test_a_tampered_file_fails_and_the_first_layer_is_named(
+    path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path, weight: str, first: str
+) -> None:
+    file = tampered(path, tmp_path, weight, 1e-2)
+    report = validate_onnx(file, model, inputs, provider="cpu", more_shapes=False, special_inputs=False, layers=True)
     assert not report.passed
+    assert report.first_departure is not None
+    assert report.first_departure.name == first
+    assert report.first_departure.error > 1e-3
+    assert Parity.from_json(report.to_json()) == report
+
+
+def test_a_tampered_classifier_fails_after_every_norm(
+    path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    file = tampered(path, tmp_path, "body.8.weight", 1e-4)
+    report = validate_onnx(file, model, inputs, provider="cpu", more_shapes=False, special_inputs=False, layers=True)
+    assert not report.passed
+    assert report.first_departure is None
     assert {row.name for row in report.outputs if not row.passed} >= {"logits"}
     assert all(row.passed for row in report.outputs if row.name == "map")
+
+
+def test_a_wrong_eps_shows_on_special_inputs(
+    path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """On ordinary inputs eps is lost beside a variance of 1; a picture of one colour needs it."""
+    proto = onnx.load(path)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "epsilon":
+                attribute.f *= 1.01
+    onnx.save(proto, tmp_path / "eps.onnx")
+    report = validate_onnx(tmp_path / "eps.onnx", model, inputs, provider="cpu", more_shapes=False)
+    assert "constant" in {row.inputs for row in report.outputs if not row.passed}
+
+
+def test_channels_in_another_order() -> None:
+    exact = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(1)).double().relu()
+    exact[:, 2:4] = 0  # dead channels, which nothing tells apart
+    order = torch.tensor([3, 5, 0, 2, 1, 4])
+    for found, passes, reordered in (
+        (exact, True, False),
+        (exact[:, order] + 1e-9, True, True),
+        (exact[:, order] + 1e-3, False, True),
+        (exact * 1.1, False, False),
+        (exact * math.nan, False, False),
+    ):
+        layer = _parity.layer_row("bn", "y", found, exact, exact, precision=torch.float32)
+        assert (layer.passed, layer.reordered) == (passes, reordered)
+
+
+def test_layers_of_a_file_that_names_none(
+    path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    proto = onnx.load(path)
+    for number, node in enumerate(proto.graph.node):
+        node.name = f"node_{number}"
+    onnx.save(proto, tmp_path / "nameless.onnx")
+    report = validate_onnx(
+        tmp_path / "nameless.onnx",
+        model,
+        inputs,
+        provider="cpu",
+        more_shapes=False,
+        special_inputs=False,
+        layers=True,
+    )
+    assert report.passed
+    assert not report.layers
+    assert "2 of 2 layers not compared" in report.notes[0]
+    assert "body.1, body.4" in report.notes[0]
+
+
+def test_a_model_without_fp64_gets_a_fixed_bound(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    network = with_forward(model, lambda inner, image, shift: inner(image.float(), shift.float()))
+    report = validate_onnx(path, network, inputs, provider="cpu", more_shapes=False, special_inputs=False, layers=True)
+    rows = {row.name: row for row in report.outputs}
+    assert report.passed
+    assert (rows["logits"].error, rows["logits"].bound) == (None, 1e-4)
+    assert "does not run in fp64" in report.notes[0]
+    assert "layers not compared" in report.notes[1]
+
+
+def test_a_forward_of_the_instance(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    """A copy of it still runs the model that it was copied from, so nothing is known about single layers."""
+    network = copy.deepcopy(model)
+    inner = network.forward
+    network.forward = lambda image, shift: inner(image.float(), shift.float())  # type: ignore[method-assign]
+    report = validate_onnx(path, network, inputs, provider="cpu", more_shapes=False, special_inputs=False, layers=True)
+    assert report.passed
+    assert "layers not compared" in report.notes[0]
 
 
 def test_nan_never_passes(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -167,12 +300,87 @@ def test_no_rows_are_no_pass(parity: Parity) -> None:
     assert not empty.passed
 
 
+def row(found: Tensor, own: Tensor, exact: Tensor | None, **options: Any) -> _parity.OutputParity:
+    options = {"precision": torch.float32, **options}
+    return _parity.output_row("y", "given", ("1x2",), found, own, exact, **options)
+
+
 def test_an_error_is_measured_against_the_largest_output() -> None:
-    case = (torch.ones(1, 2),)
-    row = _validate._row("y", case, torch.tensor([[100.0, 0.5]]), torch.tensor([[100.0, 0.0]]), 1e-2)
-    assert (row.max_error, row.scale, row.relative_error, row.passed) == (0.5, 100.0, 0.005, True)
-    assert not _validate._row("y", case, torch.tensor([0.5]), torch.tensor([0.0]), 1e-2).passed
-    assert not _validate._row("y", case, torch.tensor([3]), torch.tensor([4]), 1e2).passed  # integers: equal
+    own = torch.tensor([[100.0, 0.0]])
+    one = row(torch.tensor([[100.0, 0.5]]), own, own.double(), tolerance=1e-2)
+    assert (one.max_error, one.scale, one.relative_error, one.error, one.passed) == (0.5, 100.0, 0.005, 0.005, True)
+    assert not row(torch.tensor([0.5]), torch.tensor([0.0]), torch.zeros(1).double(), tolerance=1e-2).passed
+    assert not row(torch.tensor([3]), torch.tensor([4]), None, tolerance=1e2).passed  # integers: equal
+    assert row(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2).double()).passed
+
+
+def test_a_bound_is_as_wide_as_torch_is_off() -> None:
+    exact, found = torch.ones(1, 2).double(), torch.full((1, 2), 1 + 1e-5)
+    sharp = row(found, exact.float(), exact)
+    assert not sharp.passed
+    assert sharp.bound == _parity.FLOOR_IN_EPS * torch.finfo(torch.float32).eps
+    assert row(found, exact.float() + 1e-6, exact).passed  # torch is off by 1e-6 itself
+    lost = row(found, exact.float() + 1e-2, exact)
+    assert lost.bound == _parity.CAP[torch.float32]  # a network that torch computes to 2 digits proves nothing
+    half = row(found, exact.half(), exact, precision=torch.float16)
+    assert half.passed
+    assert half.bound > 100 * sharp.bound
+    assert row(found, exact.float(), None).bound == _parity.WITHOUT_EXACT[torch.float32]
+
+
+def test_a_capped_bound_is_noted(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    def rough(inner: Any, image: Tensor, shift: Tensor) -> Any:
+        digits = 1.0 if image.dtype == torch.float64 else 1.001
+        outputs = inner(image, shift)
+        return {name: value * digits if value.is_floating_point() else value for name, value in outputs.items()}
+
+    network = with_forward(model, rough)
+    report = validate_onnx(path, network, inputs, provider="cpu", more_shapes=False, special_inputs=False)
+    assert "logits, given: torch's own error in torch.float32 is 1.0e-03; the bound is capped" in report.notes
+
+
+def test_special_inputs_that_torch_cannot_do(path: Path, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    network = with_forward(
+        model, lambda inner, image, shift: inner(image.log(), shift) if not image.any() else inner(image, shift)
+    )
+    report = validate_onnx(path, network, inputs, provider="cpu", more_shapes=False)
+    assert report.notes == ("all zero not compared, torch's own output in torch.float32 is not finite",)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("FLOAT16", "float16"), ("BFLOAT16", "bfloat16")])
+def test_half_precision_files(tmp_path: Path, kind: str, precision: str) -> None:
+    """One Gemm in half precision; torch's own half-precision run sets the bound, and a file that is off fails."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8)
+    half = getattr(torch, precision)
+    helper, number = onnx.helper, onnx.TensorProto.DataType.Value(kind)
+
+    def write(weight: Tensor) -> Path:
+        casts = [helper.make_node("Cast", [name], [f"{name}32"], to=1) for name in ("input", "weight", "bias")]
+        nodes = [
+            *casts,
+            helper.make_node("Gemm", ["input32", "weight32", "bias32"], ["wide"], transB=1),
+            helper.make_node("Cast", ["wide"], ["output"], to=number),
+        ]
+        constants = [
+            helper.make_tensor(name, number, value.shape, value.detach().flatten().tolist())
+            for name, value in (("weight", weight), ("bias", model.bias))
+        ]
+        ends = [
+            helper.make_tensor_value_info(name, number, ["batch", size])
+            for name, size in (("input", 16), ("output", 8))
+        ]
+        graph = helper.make_graph(nodes, "linear", ends[:1], ends[1:], constants)
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        onnx.save(proto, tmp_path / "half.onnx")
+        return tmp_path / "half.onnx"
+
+    report = validate_onnx(write(model.weight), model, torch.randn(4, 16), provider="cpu")
+    assert report.passed, report
+    assert report.precision == precision
+    bounds = {round(row.bound / torch.finfo(half).eps) for row in report.outputs}
+    assert min(bounds) >= 16
+    assert not validate_onnx(write(model.weight + 0.3), model, torch.randn(4, 16), provider="cpu").passed
 
 
 # arguments

@@ -1,0 +1,66 @@
+"""Arguments and options that several commands of the command line share, and what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from gnswap import _cli_models, _cli_output, _store
+from gnswap._errors import ArgumentError, CalibrationError
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm name such as resnet50 or tf_efficientnet_lite0.in1k, or package.module:factory, a function that "
+        "returns the network; the current directory can be imported from.",
+    ),
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that gnswap convert wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Rebuilt = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="The original network, as given to convert. Needed where it is no timm model: code that a file names is "
+        "never run by itself.",
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", metavar="CxHxW", help="Shape of one input, such as 3x224x224. timm models know theirs."),
+]
+
+
+def load(directory: Path, model: str | None) -> nn.Module:
+    """The network of a saved conversion, in eval mode. Raises `ArgumentError` where `--model` is missing."""
+    with _cli_output.step(f"loading {directory}"):
+        source = _store.saved_source(directory)
+        if model is None and source is not None and source.kind == "factory":
+            raise ArgumentError(
+                "code that a file names is not run by itself",
+                where=str(directory),
+                found=f"built by {source}",
+                fix=f"Say that it is fine: --model {source}",
+            )
+        network = _store.load(directory, None if model is None else _cli_models.build_model(model))
+    return network.eval()
+
+
+def example(network: nn.Module, shape: str | None) -> Tensor:
+    """Two random inputs of the shape that `--input` or the network itself names."""
+    if shape is not None:
+        if not all(part.isdecimal() and int(part) for part in shape.split("x")):
+            raise typer.BadParameter(f"{shape!r} is no shape such as 3x224x224", param_hint="--input")
+        size = tuple(map(int, shape.split("x")))
+    else:
+        config = getattr(network, "pretrained_cfg", None) or {}
+        if "input_size" not in config:
+            raise CalibrationError("it is not known what inputs this network takes", fix="Give --input, as 3x224x224.")
+        size = tuple(config["input_size"])
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
