@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tests.test_architecture import PACKAGE, source_files
 
-# torchvision: timm brings it; triton: torch brings it, where there is CUDA; the others: name of the package on PyPI
-INDIRECT = {"torchvision": "timm", "triton": "torch"}
+# torchvision: timm brings it; triton: torch brings it, where there is CUDA; markupsafe: part of jinja2's interface; the
+# others: name of the package on PyPI
+INDIRECT = {"torchvision": "timm", "triton": "torch", "markupsafe": "jinja2"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "skimage": "scikit-image",
