@@ -156,7 +156,7 @@ def _probabilities(report: FidelityReport, width: int) -> str:
     answers, top = report.answers, 10
     height = width - _LEFT + _BOTTOM + top + 4
     picture = Picture(width, height, "The probability of the original's class, before and after")
-    x, y = Axis(0, 1, _LEFT, width - _RIGHT), Axis(0, 1, height - _BOTTOM - 6, top)
+    x, y = Axis(0, 1, _LEFT, width - _RIGHT - 8), Axis(0, 1, height - _BOTTOM - 6, top)
     _frame(picture, y, width, top, height - _BOTTOM - 6, percent=True)
     picture.add("line", x1=x(0), y1=y(0), x2=x(1), y2=y(1), class_="one")
     for tick in x.ticks():
@@ -169,6 +169,33 @@ def _probabilities(report: FidelityReport, width: int) -> str:
         title = f"photo {index}: {before:.0%} → {after:.0%}, {'same class' if same else 'another class'}"
         kind = "photo same" if same else "photo other"
         picture.add("circle", title=title, cx=x(before), cy=y(after), r=4, class_=kind)
+    return str(picture)
+
+
+def confidence_chart(report: FidelityReport, width: int) -> str:
+    """How many photos keep their class, by how sure the original is of them."""
+    width, top, bins = min(width, 460), 24, 5
+    height = 410 if width > 400 else 300
+    answers = report.answers
+    picture = Picture(width, height, "Photos with the same class, by how sure the original is")
+    counts = [[0, 0] for _ in range(bins)]
+    for probability, same in zip(answers.probability_original, answers.same, strict=True):
+        counts[min(int(probability * bins), bins - 1)][int(same)] += 1
+    x = Axis(0, bins, 8, width - 8)
+    y = Axis(0, max(map(sum, counts)) or 1, height - _BOTTOM - 6, top)
+    for place, (others, kept) in enumerate(counts):
+        left, wide = x(place) + 8, x(1) - x(0) - 16
+        for kind, low, high in (("same", 0, kept), ("other", kept, kept + others)):
+            if high > low:
+                picture.add("rect", x=left, y=y(high), width=wide, height=y(low) - y(high), class_=f"bar {kind}")
+        middle = left + wide / 2
+        if kept + others:
+            picture.add("text", f"{kept} of {kept + others}", x=middle, y=y(kept + others) - 6, class_="middle")
+        label = f"{place * 100 // bins}–{(place + 1) * 100 // bins}%"
+        picture.add("text", label, x=middle, y=height - _BOTTOM + 10, class_="tick middle")
+    picture.add("line", x1=x(0), x2=x(bins), y1=y(0), y2=y(0), class_="axis")
+    picture.add("text", "probability that the original gives its class", x=width / 2, y=height - 6,
+                class_="tick middle")  # fmt: skip
     return str(picture)
 
 

@@ -38,6 +38,7 @@ def page(report: FidelityReport) -> str:
         cards=_cards(report),
         said=_said(report),
         caution=_caution(report),
+        options=[(name, _option(value)) for name, value in report.options.items() if value not in (None, {}, [], ())],
         errors={layer.name: layer.relative_error for layer in report.fidelity.layers} if report.fidelity else {},
         stage_heads=["same class", "where sure", "KL", "output error"] if classes else ["output error"],
         stage_rows=[_row(stage, classes) for stage in report.stages],
@@ -51,6 +52,7 @@ def _charts(report: FidelityReport) -> dict[str, list[str]]:
         "spread": (charts.spread_chart, bool(report.layers)),
         "loudness": (charts.loudness_chart, bool(report.layers)),
         "photos": (charts.photos_chart, bool(report.answers.distance)),
+        "confidence": (charts.confidence_chart, bool(report.answers.same)),
     }
     return {
         name: [make(report, width) for width in (_WIDE, _NARROW)] if wanted else []
@@ -75,7 +77,7 @@ def _cards(report: FidelityReport) -> list[tuple[str, str]]:
         text = f"where the original is sure: {fidelity.sure} photos ({_range(report.agreement_sure_interval)})"
         found.append((f"{fidelity.agreement_sure:.1%}", text))
     if fidelity.kl is not None:
-        found.append((short(fidelity.kl), "KL(original ‖ converted), nats"))
+        found.append((f"{fidelity.kl:.3f}", "KL(original ‖ converted), nats"))
     found.append((short(fidelity.logit_error), "relative error of the outputs"))
     found.append((str(fidelity.photos), "photos"))
     if fidelity.accuracy_original is not None and fidelity.accuracy_converted is not None:
@@ -121,13 +123,17 @@ def _caution(report: FidelityReport) -> str | None:
     )
 
 
+def _option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _row(stage: Stage, classes: bool) -> list[str]:
     fidelity = stage.fidelity
     if not classes:
         return [stage.name, stage.what, short(fidelity.logit_error)]
     sure = "–" if fidelity.agreement_sure is None else f"{fidelity.agreement_sure:.1%}"
-    kl = math.nan if fidelity.kl is None else fidelity.kl
-    return [stage.name, stage.what, f"{fidelity.agreement or 0:.1%}", sure, short(kl), short(fidelity.logit_error)]
+    kl = "–" if fidelity.kl is None else f"{fidelity.kl:.3f}"
+    return [stage.name, stage.what, f"{fidelity.agreement or 0:.1%}", sure, kl, short(fidelity.logit_error)]
 
 
 def _json(report: FidelityReport) -> str:
@@ -159,10 +165,18 @@ def _json(report: FidelityReport) -> str:
                 ],
             }
         )
-    # the layer with most channels that were moved, or the widest: where there is most to see
-    widest = max(range(len(layers)), key=lambda i: (layers[i]["order"] is not None, layers[i]["groups"], -i), default=0)
-    text = json.dumps({"layers": layers, "start": widest}, separators=(",", ":"), allow_nan=False)
+    text = json.dumps({"layers": layers, "start": _most_to_see(report)}, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")  # so that no name can end the script element
+
+
+def _most_to_see(report: FidelityReport) -> int:
+    """The layer that is shown first: channels moved, several groups, loud and quiet ones among them."""
+
+    def worth(place: int) -> tuple[bool, bool, float]:
+        layer = report.layers[place]
+        return layer.channel_order is not None, layer.num_groups > 1, layer.loud_to_quiet or 1.0
+
+    return max(range(len(report.layers)), key=worth, default=0)
 
 
 def _finite(value: float | None) -> float | None:

@@ -51,15 +51,18 @@ function drawChannels(layer) {
   const gap = layer.groups > 1 ? Math.min(8, 0.3 * width / layer.groups) : 0;
   const order = layer.order || [...Array(count).keys()];
   const step = width / count, packed = (width - gap * (layer.groups - 1)) / count;
-  const logs = layer.deviation.map(Math.log), low = Math.min(...logs), high = Math.max(...logs);
-  const shade = (c) => logs.length ? colour(high > low ? (logs[c] - low) / (high - low) : 0.5) : "#9aa1a9";
+  const sorted = [...layer.deviation].sort((a, b) => a - b), known = sorted.length > 0;
+  // from the 5 % to the 95 % quantile: a few dead channels would make all others look alike
+  const low = sorted[Math.round(0.05 * (count - 1))], high = sorted[Math.round(0.95 * (count - 1))];
+  const share = (value) => high > low ? Math.log(value / low) / Math.log(high / low) : 0.5;
+  const shade = (c) => known ? colour(Math.min(1, Math.max(0, share(layer.deviation[c])))) : "#9aa1a9";
   const picture = element("svg", { viewBox: `0 0 ${width} ${bottom + cell + 30}`, role: "img",
     "aria-label": `Channels of ${layer.name} and their groups` });
   picture.append(element("text", { x: 0, y: 14, class: "tick" }, `${count} channels in the network's order`));
   order.forEach((c, place) => {
     const from = (c + 0.5) * step, to = (place + 0.5) * packed + gap * Math.floor(place / size), fill = shade(c);
     const title = element("title", {}, `channel ${c}, group ${Math.floor(place / size)}` +
-      (logs.length ? `, deviation ${short(layer.deviation[c])}` : "") + (layer.signs && layer.signs[c] < 0 ? ", sign turned" : ""));
+      (known ? `, deviation ${short(layer.deviation[c])}` : "") + (layer.signs && layer.signs[c] < 0 ? ", sign turned" : ""));
     const curve = element("path", { fill: "none", stroke: fill, "stroke-width": Math.max(0.5, Math.min(2, packed * 0.6)),
       "stroke-opacity": count > 200 ? 0.45 : 0.75,
       d: `M${from} ${top + cell}C${from} ${top + 75} ${to} ${bottom - 55} ${to} ${bottom}` });
@@ -74,8 +77,8 @@ function drawChannels(layer) {
   const groups = layer.groups === 1 ? "one group" : `${layer.groups} groups of ${size}`;
   picture.append(element("text", { x: 0, y: bottom + cell + 24, class: "tick" }, groups + signs));
   byId("channels").replaceChildren(picture);
-  byId("quiet").textContent = logs.length ? `quiet ${short(Math.min(...layer.deviation))}` : "";
-  byId("loud").textContent = logs.length ? `${short(Math.max(...layer.deviation))} loud` : "no running statistics";
+  byId("quiet").textContent = known ? `quiet, up to ${short(low)}` : "";
+  byId("loud").textContent = known ? `from ${short(high)}, loud` : "no running statistics";
 }
 
 function choose(index) {
