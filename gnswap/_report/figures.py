@@ -78,7 +78,7 @@ def _layers(report: FidelityReport, axes: Axes) -> None:
     for index, stage in enumerate(report.stages):
         errors = [(places[error.name], _plottable(error.relative_error)) for error in stage.fidelity.layers]
         axes.plot(*zip(*errors, strict=True), ".-", color=_colour(index), linewidth=1, markersize=4, label=stage.name)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("layer, in the order of the network")
     axes.set_ylabel("relative error of the output")
     axes.grid(axis="y", alpha=0.3)
@@ -98,7 +98,7 @@ def _spread(report: FidelityReport, axes: Axes) -> None:
         low, middle, high = ([values[at] for _, values in rows] for at in (0, 2, 4))
         axes.fill_between(x, low, high, color=_colour(index), alpha=0.22, linewidth=0)
         axes.plot(x, middle, color=_colour(index), linewidth=1.2, label=stage)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.axhline(1, color="black", linewidth=0.7, linestyle="--")
     axes.set_xlabel("layer, in the order of the network")
     axes.set_ylabel("variance divided by, over BatchNorm's")
@@ -109,7 +109,7 @@ def _photos(report: FidelityReport, axes: Axes) -> None:
     answers = report.answers
     if not answers.same:
         axes.plot(sorted(map(_plottable, answers.distance)), ".", color=_colour(3))
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlabel("photos, best first")
         axes.set_ylabel("relative error of the output")
         return
@@ -124,6 +124,17 @@ def _photos(report: FidelityReport, axes: Axes) -> None:
     axes.set_ylabel("converted")
     axes.set_aspect("equal")
     axes.legend(fontsize="small")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Round numbers at 1, 2 and 5 in place of powers, which are unreadable within one decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _colour(index: int) -> str:
