@@ -1,39 +1,35 @@
 """export_onnx: a network as one ONNX file that any runtime reads.
 
-Why the GroupNorms are lowered before the export and not by a translation of our operator: what the exporter sees is
-then plain torch, so every version of it writes the same standard nodes. Why opset 18: from 21 on torch writes
-GroupNormalization, for which onnxruntime's CPU and CUDA providers have no kernel; its replacement computes
-E[x²]-E[x]² and is wrong by 2.5e-3 where the mean is 30 standard deviations, and NaN at 1000. The
-InstanceNormalization form of opset 18 keeps 2e-5 and has kernels everywhere.
+torch traces and translates the network; every GroupNorm stays one node meanwhile, and `gnswap._onnx` writes it in the
+form that suits the target. Never as ONNX's own GroupNormalization: onnxruntime's CPU and CUDA providers have no kernel
+for it, and what they put in its place computes E[x²]-E[x]², which is wrong by 2.5e-3 where the mean is 30 standard
+deviations, and NaN at 1000.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import inspect
+import json
 import os
-import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnswap import _onnx_graph as onnx_graph
 from gnswap import _sites, _trace
 from gnswap._errors import ArgumentError, ExportError
-from gnswap._layer import FusedGroupNorm
+from gnswap._onnx import compiler, norm, plain, targets, write
+from gnswap._onnx.compiler import NormExport
 from gnswap._record import Record
-from gnswap.ops._activations import activate
 
-TARGETS = ("portable",)
-_OPSETS = (18, 19, 20)
-_MAX_BYTES = 2**31 - 1  # protobuf's own limit for one file
+_HALVES = (torch.float16, torch.bfloat16)
+_OPSETS = range(18, 25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +59,10 @@ class ExportReport(Record):
         inputs, outputs: in the order that runtimes want and give them.
         dynamic_axes: names of the axes that may change from call to call.
         operators: how often each operator occurs.
-        norms: paths of the FusedGroupNorm layers that were written as plain operators.
+        norms: how each GroupNorm was written, and why in this way.
+        files: all that belongs together: the file, and its weights where they are too large for one file.
         notes: what is less general than was asked for, and why.
-        versions: of gnswap, torch, onnx and onnxscript.
+        versions: of gnswap, torch, onnx, onnx-ir and onnxscript.
     """
 
     path: str
@@ -77,7 +74,8 @@ class ExportReport(Record):
     outputs: tuple[Endpoint, ...]
     dynamic_axes: tuple[str, ...]
     operators: dict[str, int]
-    norms: tuple[str, ...]
+    norms: tuple[NormExport, ...]
+    files: tuple[str, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
 
@@ -91,7 +89,8 @@ def export_onnx(
     dtype: torch.dtype | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = True,
-    opset: int = 18,
+    opset: int | None = None,
+    threads: int | None = None,
 ) -> ExportReport:
     """Write a network as an ONNX file, as it computes in eval mode.
 
@@ -99,16 +98,18 @@ def export_onnx(
     its name only when it is complete and checked. The same model gives the same bytes.
 
     Args:
-        model: converted by gnswap or not; fp32 parameters.
-        path: the `.onnx` file to write; an existing one is replaced.
+        model: converted by gnswap or not; parameters of one dtype: fp32, fp16 or bf16.
+        path: the `.onnx` file to write; an existing one is replaced. Weights beyond 2 GiB go to a file beside it.
         example_input: the input, or all positional inputs. Their values do not matter, their sizes do where an axis
             is not dynamic.
-        target: "portable" is the only one so far: standard operators that every runtime knows.
-        dtype: ``torch.float32`` casts a half-precision or fp64 model first; None wants an fp32 model.
+        target: "portable": operators that every runtime has; "cpu", "cuda", "tensorrt": what is fastest there.
+            All are standard operators and run everywhere.
+        dtype: of weights, inputs and outputs of the file; None keeps the model's. Statistics stay in fp32.
         dynamic_batch: whether the batch size may change from call to call.
         dynamic_size: whether height and width may. Where the network does not allow it the example's size is
             written, and the report's notes say why.
-        opset: 18, 19 or 20.
+        opset: 18 to 24; None is 18, and 22 for bf16, which convolutions only have since then.
+        threads: for target "cpu": 1 where the session will use one thread; None means several.
 
     Returns:
         what was written.
@@ -127,148 +128,87 @@ def export_onnx(
         >>> report.dynamic_axes, report.operators["InstanceNormalization"]
         (('batch', 'height', 'width'), 1)
     """
-    _check_options(target, dtype, opset)
+    path = Path(path)
+    _check_options(path, target, dtype, threads)
     _sites.require_plain(model)
     onnx = onnx_graph.require_onnx()
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ArgumentError("no such folder", where="path", found=str(path.parent))
-    plain, norms = lowered(model, dtype)
+    prepared, dtype, exact = plain.plain(model, dtype)
+    wanted = targets.target_of(target, threads)
+    opset = _checked_opset(opset, dtype, wanted)
     inputs = _checked_inputs(example_input, dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            example_output = plain(*inputs)
+            example_output = prepared(*inputs)
         except Exception as error:  # the user's forward may raise anything
             raise ExportError(
                 "the model does not run on the example input",
                 where=", ".join(str(tuple(value.shape)) for value in inputs),
                 found=f"{type(error).__name__}: {error}",
             ) from error
-    traced = _trace.trace(plain, inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    input_names = _input_names(plain, len(inputs))
-    proto = _translate(traced, input_names, _output_names(example_output), opset)
+    traced = _trace.trace(prepared, inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    compiled = _translate(traced, _input_names(prepared, len(inputs)), _output_names(example_output), opset)
 
-    known = {*plain.state_dict(), *(name for name, _ in plain.named_buffers())}
-    onnx_graph.make_reshapes_constant(proto.graph)
-    onnx_graph.name_after_modules(proto.graph, known)
-    onnx_graph.name_axes(proto.graph, traced.axes)
-    onnx_graph.strip_traces(proto)
+    graph = compiled.graph
+    known = {*prepared.state_dict(), *(name for name, _ in prepared.named_buffers())}
+    loose = graph.initializers.keys() - known
+    norms = compiler.lower(graph, compiler.prepare(graph, exact), compiler.by_target(wanted))
+    onnx_graph.name_after_modules(graph, graph.initializers.keys() - loose)
+    onnx_graph.name_axes(graph, traced.axes)
+    onnx_graph.strip_traces(graph)
     versions = _versions(onnx)
-    properties = {"gnswap.version": versions["gnswap"], "gnswap.torch": versions["torch"], "gnswap.target": target}
-    if (record := _sites.applied(model)) is not None:
-        properties["gnswap.fingerprint"] = record.plan.fingerprint
-    onnx.helper.set_model_props(proto, properties)
-    proto = onnx_graph.check(proto, opset)
-    data = proto.SerializeToString(deterministic=True)
-    _write(path, data)
+    compiled.metadata_props.clear()
+    compiled.metadata_props.update(_properties(model, target, versions))
+    proto, files = write.write(compiled, path, opset)
     return ExportReport(
         path=str(path),
         target=target,
         opset=opset,
-        sha256=hashlib.sha256(data).hexdigest(),
-        size=len(data),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        size=sum(file.stat().st_size for file in files),
         inputs=tuple(_endpoint(value) for value in proto.graph.input),
         outputs=tuple(_endpoint(value) for value in proto.graph.output),
         dynamic_axes=tuple(sorted({name for axes in traced.axes for name in axes.values()})),
-        operators=onnx_graph.histogram(proto.graph),
+        operators=onnx_graph.histogram(graph),
         norms=norms,
-        notes=(*traced.notes, *_target_notes(plain)),
+        files=tuple(map(str, files)),
+        notes=(*traced.notes, *_target_notes(norms)),
         versions=versions,
     )
 
 
-class PlainGroupNorm(FusedGroupNorm):
-    """A FusedGroupNorm that computes by plain torch operators; made by `lowered` only."""
-
-    def fold(self) -> None:
-        """Compute once what does not depend on the input: folded and permuted parameters, the way back."""
-        order, (folded, bias) = self.channel_order, self.effective_affine()
-        back = None if order is None else torch.argsort(order)
-        self.register_buffer("folded_weight", folded if order is None or folded is None else folded[order])
-        self.register_buffer("folded_bias", bias if order is None or bias is None else bias[order])
-        self.register_buffer("inverse_order", back)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What `FusedGroupNorm.forward` computes."""
-        per_channel = (-1, *[1] * (x.dim() - 2))
-        if self.channel_scale is not None:
-            x = x * self.channel_scale.view(per_channel)
-        if self.channel_shift is not None:
-            x = x + self.channel_shift.view(per_channel)
-        if self.channel_order is not None:
-            x = x.index_select(1, self.channel_order)
-        x = F.group_norm(x, self.num_groups, self.folded_weight, self.folded_bias, self.eps + self.softness)
-        if self.channel_order is not None:
-            x = x.index_select(1, self.inverse_order)
-        if residual is not None:
-            x = x + residual
-        fused_act = self.fused_act
-        if fused_act is not None:
-            return activate(x, fused_act)
-        if self.drop is not None:
-            x = self.drop(x)
-        return self.act(x) if isinstance(self.act, nn.Module) else x
-
-
-def lowered(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy in eval mode on the CPU, without our operator in it, and the paths of its norms.
-
-    The class of each layer is exchanged and not the layer, so that aliases, hooks and the root stay what they are.
-
-    Raises:
-        ExportError: the model cannot be copied, is on the meta device, is not fp32, or holds a subclass of
-            FusedGroupNorm with a forward of its own.
-    """
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ExportError("the model is on the meta device and has no values", fix="Load its weights first.")
-    try:
-        plain = copy.deepcopy(model)
-    except Exception as error:  # deepcopy raises what the members raise
-        raise ExportError("the model cannot be copied", found=f"{type(error).__name__}: {error}") from error
-    plain = plain.to(device="cpu", dtype=dtype).eval().requires_grad_(False)
-    kinds = {tensor.dtype for tensor in plain.state_dict().values() if tensor.is_floating_point()}
-    if kinds - {torch.float32}:
-        raise ExportError(
-            "only fp32 networks can be exported so far",
-            expected="torch.float32",
-            found=", ".join(sorted(map(str, kinds))),
-            fix="Pass dtype=torch.float32 to export an fp32 copy.",
-        )
-    norms = []
-    for name, module in plain.named_modules():
-        if not isinstance(module, FusedGroupNorm):
-            continue
-        if type(module).forward is not FusedGroupNorm.forward:
-            raise ExportError("a subclass of FusedGroupNorm with its own forward", where=name or "(root)")
-        module.__class__ = PlainGroupNorm
-        assert isinstance(module, PlainGroupNorm)
-        module.fold()
-        norms.append(name or "(root)")
-    return plain, tuple(norms)
-
-
-def _check_options(target: str, dtype: torch.dtype | None, opset: int) -> None:
-    if target not in TARGETS:
-        raise ArgumentError("unknown target", where="target", expected=" or ".join(TARGETS), found=repr(target))
-    if dtype not in (None, torch.float32):
+def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: int | None) -> None:
+    if target not in targets.TARGETS:
+        raise ArgumentError("unknown target", where="target", expected=" or ".join(targets.TARGETS), found=repr(target))
+    if dtype not in (None, torch.float32, *_HALVES):
         raise ArgumentError(
-            "dtype not available yet",
+            "no dtype for a file",
             where="dtype",
-            expected="None or torch.float32",
+            expected="None, torch.float32, torch.float16 or torch.bfloat16",
             found=str(dtype),
-            fix="Half-precision files need their statistics kept in fp32, which this version does not write.",
         )
-    if opset not in _OPSETS:
+    if threads is not None and threads < 1:
+        raise ArgumentError("threads out of range", where="threads", expected="1 or more", found=str(threads))
+    if not path.parent.is_dir():
+        raise ArgumentError("no such folder", where="path", found=str(path.parent))
+
+
+def _checked_opset(opset: int | None, dtype: torch.dtype, target: targets.Target) -> int:
+    least = 22 if dtype == torch.bfloat16 else 18
+    # where the standard has no older form, the newest kernels are the only ones
+    most = max(target.max_opset, least)
+    if opset is None:
+        return least
+    if not least <= opset <= most:
         raise ArgumentError(
             "opset out of range",
             where="opset",
-            expected="18, 19 or 20",
+            expected=f"{least} to {most} for target {target.name} and {dtype}",
             found=str(opset),
-            fix="From 21 on GroupNormalization would be written, which onnxruntime computes inaccurately.",
         )
+    return opset
 
 
-def _checked_inputs(example: Tensor | Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+def _checked_inputs(example: Tensor | Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     inputs = [example] if isinstance(example, Tensor) else list(example)
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
         raise ArgumentError(
@@ -314,6 +254,7 @@ def _output_names(output: Any) -> list[str]:
 
 
 def _translate(traced: _trace.Traced, input_names: list[str], output_names: list[str], opset: int) -> Any:
+    """The `onnx_ir.Model` of a traced network, every GroupNorm of it one node."""
     try:
         with _trace.quiet():
             program = torch.onnx.export(
@@ -323,6 +264,7 @@ def _translate(traced: _trace.Traced, input_names: list[str], output_names: list
                 opset_version=opset,
                 input_names=input_names,
                 output_names=output_names,
+                custom_translation_table=norm.translations(),
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps anything; its first line says which operator
@@ -332,38 +274,31 @@ def _translate(traced: _trace.Traced, input_names: list[str], output_names: list
             fix="An operator without an ONNX form has to be replaced in the model.",
         ) from error
     assert program is not None  # it is None only for the old exporter
-    proto = program.model_proto
-    if proto.ByteSize() > _MAX_BYTES:
-        raise ExportError("the network is larger than one ONNX file can be", expected="under 2 GiB")
-    return proto
+    return program.model
 
 
-def _target_notes(model: nn.Module) -> tuple[str, ...]:
-    single = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, FusedGroupNorm | nn.GroupNorm) and module.num_groups == 1
-    ]
+def _target_notes(norms: tuple[NormExport, ...]) -> tuple[str, ...]:
+    single = [one for one in norms if one.num_groups == 1 and one.lowering.startswith("instance_norm")]
     if not single:
         return ()
     return (
         f"{len(single)} layers have one group: TensorRT 10.16 computes these as instance norm "
-        "(NVIDIA/TensorRT#4756); validate there before use",
+        "(NVIDIA/TensorRT#4756); export for target tensorrt, with fixed sizes, for use there",
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp: its mode 0600 would stay
-    try:
-        with fresh.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        raise ExportError("the file cannot be written", where=str(path), found=str(error)) from error
-    finally:
-        fresh.unlink(missing_ok=True)
+def _properties(model: nn.Module, target: str, versions: dict[str, str]) -> dict[str, str]:
+    """What the file says about itself: where it comes from, and how its inputs have to be prepared."""
+    properties = {f"gnswap.{name}": version for name, version in versions.items() if name != "gnswap"}
+    properties |= {"gnswap.version": versions["gnswap"], "gnswap.target": target}
+    if (record := _sites.applied(model)) is not None:
+        properties["gnswap.fingerprint"] = record.plan.fingerprint
+    if config := getattr(model, "pretrained_cfg", None):
+        from timm.data.config import resolve_data_config
+
+        resolve: Callable[..., dict[str, Any]] = resolve_data_config  # timm's function has no type hints
+        properties["timm.preprocessing"] = json.dumps(resolve(pretrained_cfg=dict(config)), sort_keys=True)
+    return dict(sorted(properties.items()))
 
 
 def _endpoint(value: Any) -> Endpoint:
@@ -375,11 +310,13 @@ def _endpoint(value: Any) -> Endpoint:
 
 
 def _versions(onnx: Any) -> dict[str, str]:
+    import onnx_ir
     import onnxscript
 
     return {
         "gnswap": str(getattr(sys.modules["gnswap"], "__version__", "unknown")),
         "torch": str(torch.__version__),
         "onnx": onnx.__version__,
+        "onnx-ir": onnx_ir.__version__,
         "onnxscript": onnxscript.__version__,
     }

@@ -25,7 +25,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_directory",
             "_saved",
             "_trace",
-            "_onnx_graph",
+            "_onnx",
+            "_onnx.edit",
             "_providers",
             "_report",
             "_report.svg",
@@ -35,14 +36,17 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_onnx_scopes",
         }
     ),
-    frozenset({"ops._aten", "ops._cpu"})
+    frozenset({"ops._aten", "ops._cpu", "_onnx.norm"})
     | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
     | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
     | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
-    frozenset({"ops._op", "ops._direct", "ops"}),
+    frozenset({"ops._op", "ops._direct", "ops"} | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
+        | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "write", "lowerings")}
+        | {f"_onnx.lowerings.{first}_norm{then}" for first in ("instance", "layer") for then in ("", "_batch_norm")}
+        | {"_onnx.lowerings.layer_norm_conv"}
     ),
     frozenset(
         {
@@ -152,6 +156,21 @@ SAME_FLOOR = {
     ("_cli", "_cli_validate"): "one of its commands",
     ("_cli_validate", "_cli_options"): "what several commands share",
     ("_cli_validate", "__init__"): "it calls the verb by its public name",
+    ("_onnx.plain", "_layer"): "it takes the layer's place",
+    ("_onnx.lowerings.instance_norm_batch_norm", "_onnx.lowerings.instance_norm"): "the same statistics",
+    ("_onnx.lowerings.layer_norm_batch_norm", "_onnx.lowerings.layer_norm"): "the same statistics",
+    ("_onnx.lowerings.layer_norm_conv", "_onnx.lowerings.layer_norm"): "the same statistics",
+    **{
+        ("_onnx.targets", f"_onnx.lowerings.{name}"): "it chooses among them"
+        for name in (
+            "instance_norm",
+            "instance_norm_batch_norm",
+            "layer_norm",
+            "layer_norm_batch_norm",
+            "layer_norm_conv",
+        )
+    },
+    ("_onnx.compiler", "_onnx.targets"): "the passes in a row",
     ("_cli", "_demo"): "the demo is one of its commands",
     ("_cli", "__init__"): "it calls the verbs by their public names",
     ("__main__", "_cli"): "python -m gnswap is gnswap",

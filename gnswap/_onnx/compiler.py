@@ -1,0 +1,87 @@
+"""The passes over a graph, in their order, and what is said about each norm afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gnswap._onnx import fold, norm, order, targets
+from gnswap._onnx.edit import Array, remove_unused
+from gnswap._onnx.lowering import Lowering
+from gnswap._record import Record
+
+Choice = Callable[[norm.Norm], tuple[Lowering, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormExport(Record):
+    """How one GroupNorm was written.
+
+    Attributes:
+        path: of the module it comes from; a module that runs twice is there twice.
+        num_channels, num_groups: C and G.
+        lowering: name of the form.
+        reason: why this form.
+        standardisation: "none", "folded into CONV" (the layer in front computes it), or "in the norm".
+        channel_order: "natural", "in the neighbours' weights", "1 Gather" or "2 Gathers".
+    """
+
+    path: str
+    num_channels: int
+    num_groups: int
+    lowering: str
+    reason: str
+    standardisation: str
+    channel_order: str
+
+
+def prepare(graph: Any, exact: Mapping[str, Array]) -> list[norm.Norm]:
+    """Give the neighbours what they can take; the norms that are left have their groups side by side.
+
+    Args:
+        graph: an `onnx_ir.Graph`, changed in place.
+        exact: initializers by name, as they were before a cast to a half type.
+    """
+    norms = norm.find(graph)
+    fold.fold(graph, norms, exact)
+    order.settle(graph, norms)
+    return norms
+
+
+def lower(graph: Any, norms: list[norm.Norm], choice: Choice) -> tuple[NormExport, ...]:
+    """Write every norm in the form that `choice` names; no node of ours is left then."""
+    cache: dict[Any, Any] = {}
+    rows = []
+    for one in norms:
+        lowering, reason = choice(one)
+        rows.append(_row(one, lowering, reason))
+        y, written = one.y, lowering.write(norm.Writer(graph, one, cache), one.x)
+        if y.is_graph_output():  # the name of an output is what users know it by
+            y.name, written.name = written.name, y.name
+        y.replace_all_uses_with(written, replace_graph_outputs=True)
+        graph.remove(one.node, safe=True)
+    graph.opset_imports.pop(norm.DOMAIN, None)
+    remove_unused(graph)
+    return tuple(rows)
+
+
+def by_target(target: targets.Target) -> Choice:
+    """The choice that needs no measurement."""
+    return lambda one: targets.choose(one, target)
+
+
+def _row(one: norm.Norm, lowering: Lowering, reason: str) -> NormExport:
+    standardised = one.scale is not None or one.shift is not None
+    folded = "none" if one.folded is None else f"folded into {one.folded}"
+    ordered = "in the neighbours' weights" if one.ordered else "natural"
+    gathers = f"{one.gathers} Gather{'s' * (one.gathers > 1)}"
+    return NormExport(
+        path=one.path or "(root)",
+        num_channels=one.channels,
+        num_groups=one.num_groups,
+        lowering=lowering.name,
+        reason=reason,
+        standardisation="in the norm" if standardised else folded,
+        channel_order=gathers if one.gathers else ordered,
+    )

@@ -1,0 +1,94 @@
+"""What a lowering is, and the pieces that several of them are made of.
+
+A lowering is statistics (which operator computes (x-m)/sqrt(v+eps) over the groups) and an affine map of the channels
+(which operator multiplies by gamma and adds beta, and does the same for a standardisation that no neighbour took).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gnswap._onnx.edit import Array
+from gnswap._onnx.norm import Writer
+
+Statistics = Callable[[Writer, Any], Any]
+Affine = Callable[[Writer, Any, Array, Array, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """One way to write a norm whose groups lie side by side.
+
+    Attributes:
+        name: in reports.
+        statistics: `(writer, view) -> view`, normalises `[N, G, D*H, W]` over all axes after G.
+        affine: `(writer, x, factor, term, name) -> y`, per channel.
+        shape_nodes: whether it reads sizes at run time where height or width is dynamic.
+        ranks: numbers of axes of x that it can be used for.
+    """
+
+    name: str
+    statistics: Statistics
+    affine: Affine
+    shape_nodes: bool = False
+    ranks: tuple[int, ...] = (2, 3, 4, 5)
+
+    def write(self, writer: Writer, x: Any) -> Any:
+        """Write the nodes; returns `y`, of the shape of x."""
+        norm = writer.norm
+        x = _mapped(self.affine, writer, x, norm.scale, norm.shift, "standardisation")
+        normalised = _ungrouped(writer, self.statistics(writer, _grouped(writer, x)))
+        return _mapped(self.affine, writer, normalised, norm.weight, norm.bias, "affine")
+
+
+def _grouped(writer: Writer, x: Any) -> Any:
+    """`[N, C, H, W]` as `[N, G, D*H, W]`: a 0 copies the axis, so one constant target serves every N, H and W."""
+    norm = writer.norm
+    height = x.shape[2] if norm.rank > 2 else 1
+    depth = norm.channels_per_group * height if isinstance(height, int) else None
+    shape = [x.shape[0], norm.num_groups, depth, *x.shape[3:]]
+    return writer.op("Reshape", x, writer.shape(0, norm.num_groups, -1, *[0] * (norm.rank - 3)), shape=shape)
+
+
+def _ungrouped(writer: Writer, view: Any) -> Any:
+    norm = writer.norm
+    tail = [-1, *[0] * (norm.rank - 3)] if norm.rank > 2 else []
+    return writer.op("Reshape", view, writer.shape(0, norm.channels, *tail))
+
+
+def _mapped(affine: Affine, writer: Writer, x: Any, factor: Array | None, term: Array | None, name: str) -> Any:
+    """`factor * x + term`; x itself where that changes nothing."""
+    channels = writer.norm.channels
+    factor = np.ones(channels) if factor is None else factor
+    term = np.zeros(channels) if term is None else term
+    return x if (factor == 1).all() and not term.any() else affine(writer, x, factor, term, name)
+
+
+def multiply_add(writer: Writer, x: Any, factor: Array, term: Array, name: str) -> Any:
+    """Mul and Add with `[C, 1, 1]`: every runtime has them, for every dtype and rank."""
+    per_channel = (-1, *[1] * (writer.norm.rank - 2))
+    if not (factor == 1).all():
+        x = writer.op("Mul", x, writer.constant(f"{name}.weight", factor.reshape(per_channel)))
+    if term.any():
+        x = writer.op("Add", x, writer.constant(f"{name}.bias", term.reshape(per_channel)))
+    return x
+
+
+def batch_norm(writer: Writer, x: Any, factor: Array, term: Array, name: str) -> Any:
+    """A BatchNormalization with mean 0, variance 1 and epsilon 0: one pass over x in place of two."""
+    vectors = {"weight": factor, "bias": term, "mean": np.zeros_like(term), "var": np.ones_like(term)}
+    constants = [writer.constant(f"{name}.{key}", vector) for key, vector in vectors.items()]
+    return writer.op("BatchNormalization", x, *constants, epsilon=0.0)
+
+
+def depthwise_conv(writer: Writer, x: Any, factor: Array, term: Array, name: str) -> Any:
+    """A depthwise 1x1 Conv: onnxruntime's CPU provider runs it in the convs' blocked layout and fuses what follows."""
+    norm = writer.norm
+    ones = [1] * (norm.rank - 2)
+    weight = writer.constant(f"{name}.weight", factor.reshape(-1, 1, *ones))
+    bias = writer.constant(f"{name}.bias", term)
+    return writer.op("Conv", x, weight, bias, group=norm.channels, kernel_shape=ones)

@@ -1,0 +1,251 @@
+"""A GroupNorm as one node of an ONNX graph, between torch's exporter and the lowerings.
+
+Why a node of our own: what torch's exporter writes for a GroupNorm is already one form of it, from which the others can
+only be guessed back. The node exists in memory only; a file with one in it does not pass the checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gnswap._onnx.edit import Array, array_of, constant
+
+DOMAIN, OP_TYPE = "gnswap", "GroupNorm"
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+_VECTORS = ("weight", "bias", "scale", "shift", "order")
+
+
+@dataclasses.dataclass
+class Norm:
+    """One norm of a graph: `y = norm(scale * x + shift)[groups of order] * weight + bias`, as in `FusedGroupNorm`.
+
+    The passes change it: they take away what they have put into the neighbours.
+
+    Attributes:
+        node: its node; input 0 and output 0 are `x` and `y`, `[N, C, ...]`.
+        path: of the module it comes from.
+        num_groups, channels, epsilon: G, C, and what is added to the variance.
+        weight, bias, scale, shift: `[C]` in fp64, or None.
+        order: int64 `[C]`, or None.
+        folded: name of the layer that took scale and shift; None where nobody did.
+        ordered: whether there was an order.
+        gathers: how many times the channels are moved at run time because of the order.
+    """
+
+    node: Any
+    path: str
+    num_groups: int
+    channels: int
+    epsilon: float
+    weight: Array | None
+    bias: Array | None
+    scale: Array | None
+    shift: Array | None
+    order: Array | None
+    folded: str | None = None
+    ordered: bool = False
+    gathers: int = 0
+
+    @property
+    def x(self) -> Any:
+        """The `onnx_ir.Value` that is normalised."""
+        return self.node.inputs[0]
+
+    @property
+    def y(self) -> Any:
+        """The `onnx_ir.Value` that comes out."""
+        return self.node.outputs[0]
+
+    @property
+    def dtype(self) -> Any:
+        """`onnx_ir.DataType` of x and y."""
+        return self.x.dtype
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of x."""
+        return len(self.x.shape)
+
+    @property
+    def sizes(self) -> tuple[int | str, ...]:
+        """The axes after C: numbers, or the name of a dynamic axis."""
+        return tuple(size if isinstance(size, int) else str(size.value) for size in self.x.shape[2:])
+
+    @property
+    def positions(self) -> int | None:
+        """S, or None where an axis is dynamic."""
+        total = 1
+        for size in self.sizes:
+            if not isinstance(size, int):
+                return None
+            total *= size
+        return total
+
+    @property
+    def channels_per_group(self) -> int:
+        """D = C/G."""
+        return self.channels // self.num_groups
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The `custom_translation_table` for `torch.onnx.export` that leaves every GroupNorm whole."""
+    op = _op()
+
+    # the exporter reads from the annotations what is an attribute
+    def of_ours(
+        x: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        act: str | None = None,
+        residual: Any = None,
+        channel_scale: Any = None,
+        channel_shift: Any = None,
+        channel_order: Any = None,
+    ) -> Any:
+        assert act is None  # `plain.PlainGroupNorm` leaves both to torch
+        assert residual is None
+        vectors = (weight, bias, channel_scale, channel_shift, channel_order)
+        return op(x, *vectors, num_groups=num_groups, epsilon=eps)
+
+    def of_torchs(
+        x: Any,
+        num_groups: int,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,  # noqa: ARG001
+    ) -> Any:
+        return op(x, weight, bias, num_groups=num_groups, epsilon=eps)[0]
+
+    return {
+        torch.ops.gnswap.group_norm.default: of_ours,
+        torch.ops.aten.group_norm.default: of_torchs,
+    }
+
+
+@functools.cache
+def _op() -> Any:
+    import onnx
+    from onnxscript import values
+
+    kind = onnx.defs.OpSchema
+    optional = kind.FormalParameterOption.Optional
+    schema = kind(
+        OP_TYPE,
+        DOMAIN,
+        1,
+        inputs=[
+            kind.FormalParameter("x", "T"),
+            *(kind.FormalParameter(name, "T", param_option=optional) for name in _VECTORS[:-1]),
+            kind.FormalParameter("order", "tensor(int64)", param_option=optional),
+        ],
+        outputs=[
+            kind.FormalParameter("y", "T"),
+            *(kind.FormalParameter(name, "U", param_option=optional) for name in ("mean", "rstd")),
+        ],
+        type_constraints=[
+            (name, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "") for name in "TU"
+        ],
+        attributes=[
+            kind.Attribute("num_groups", kind.AttrType.INT, required=True),
+            kind.Attribute("epsilon", kind.AttrType.FLOAT, required=True),
+        ],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), OP_TYPE, schema)
+
+
+def find(graph: Any) -> list[Norm]:
+    """The norms of an `onnx_ir.Graph`, in the order in which they run."""
+    return [_read(node) for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def _read(node: Any) -> Norm:
+    vectors: dict[str, Array | None] = dict.fromkeys(_VECTORS)
+    for name, value in zip(_VECTORS, node.inputs[1:], strict=False):
+        if value is not None:
+            vectors[name] = np.asarray(array_of(value), np.int64 if name == "order" else np.float64)
+    return Norm(
+        node=node,
+        path=module_path(node),
+        num_groups=node.attributes["num_groups"].as_int(),
+        channels=int(node.inputs[0].shape[1]),
+        epsilon=node.attributes["epsilon"].as_float(),
+        weight=vectors["weight"],
+        bias=vectors["bias"],
+        scale=vectors["scale"],
+        shift=vectors["shift"],
+        order=vectors["order"],
+        ordered=vectors["order"] is not None,
+    )
+
+
+def module_path(node: Any) -> str:
+    """Path of the innermost module that a node comes from; "" for the root."""
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return next((scope for scope in reversed(scopes[:-1]) if scope), "")
+
+
+class Writer:
+    """Writes the nodes that take a norm's place, in front of it.
+
+    Args:
+        graph: the `onnx_ir.Graph`.
+        norm: whose place is taken; the nodes carry its module path.
+        cache: values that the norms of a graph share, by a key that says what they are.
+    """
+
+    def __init__(self, graph: Any, norm: Norm, cache: dict[Any, Any]) -> None:
+        self.graph, self.norm, self.cache, self._count = graph, norm, cache, 0
+
+    def op(
+        self, op_type: str, *inputs: Any, shape: Sequence[Any] | None = None, dtype: Any = None, **attributes: Any
+    ) -> Any:
+        """One node; returns its output. `shape` and `dtype` are those of x where they are not given."""
+        import onnx_ir as ir
+
+        x = self.norm.x
+        output = ir.Value(
+            type=ir.TensorType(dtype or x.dtype),
+            shape=x.shape if shape is None else ir.Shape(shape),
+            name=f"{self.norm.y.name}.{self._count}",
+        )
+        self._count += 1
+        node = ir.node(
+            op_type, list(inputs), attributes, outputs=[output], metadata_props=dict(self.norm.node.metadata_props)
+        )
+        self.graph.insert_before(self.norm.node, node)
+        return output
+
+    def constant(self, name: str, values: Any, dtype: Any = None) -> Any:
+        """An initializer `PATH.name` in the dtype of x, or another one."""
+        path = self.norm.path
+        return constant(self.graph, f"{path}.{name}" if path else name, values, dtype or self.norm.dtype)
+
+    def shared(self, name: str, values: Any, dtype: Any) -> Any:
+        """An initializer that other norms may use as well; `name` and the number of entries say what is in it."""
+        import onnx_ir as ir
+
+        key = (name, len(values), dtype)
+        if key not in self.cache:
+            label = f"{name}_{len(values)}" + ("" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}")
+            self.cache[key] = constant(self.graph, label, values, dtype)
+        return self.cache[key]
+
+    def shape(self, *sizes: int) -> Any:
+        """The target of a Reshape."""
+        import onnx_ir as ir
+
+        if sizes not in self.cache:
+            name = "shape_" + "_".join(map(str, sizes)).replace("-", "m")
+            self.cache[sizes] = constant(self.graph, name, sizes, ir.DataType.INT64)
+        return self.cache[sizes]
