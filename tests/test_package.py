@@ -14,6 +14,7 @@ from tests.test_architecture import PACKAGE, source_files
 # others: name of the package on PyPI
 INDIRECT = {"torchvision": "timm", "triton": "torch", "markupsafe": "jinja2"}
 DISTRIBUTIONS = {
+    "onnx_ir": "onnx-ir",
     "PIL": "pillow",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
