@@ -1,7 +1,7 @@
 """gnswap: swap BatchNorm for GroupNorm in pretrained networks and keep what they know.
 
 The one list of what is public. The verbs follow the way through: `inspect` → `plan` → `apply` (all three in one
-call: `convert`) → your own training or `save`/`load` → `export_onnx` → `validate_onnx`; `revert` goes back.
+call: `convert`) → `heal` → your own training or `save`/`load` → `export_onnx` → `validate_onnx`; `revert` goes back.
 """
 
 from gnswap import ops
@@ -13,6 +13,7 @@ from gnswap._errors import (
     CalibrationError,
     ExportError,
     GnswapError,
+    HealingError,
     MissingDependencyError,
     ModelError,
     NothingToSwapError,
@@ -26,6 +27,8 @@ from gnswap._errors import (
 )
 from gnswap._export import ExportReport, export_onnx
 from gnswap._fidelity import Fidelity, compare
+from gnswap._heal import heal
+from gnswap._healing import HealReport
 from gnswap._inspect import inspect
 from gnswap._layer import FusedGroupNorm
 from gnswap._moments import ChannelStatistics, Moments
@@ -55,6 +58,8 @@ __all__ = [
     "FidelityReport",
     "FusedGroupNorm",
     "GnswapError",
+    "HealReport",
+    "HealingError",
     "Inventory",
     "MissingDependencyError",
     "ModelError",
@@ -77,6 +82,7 @@ __all__ = [
     "compare",
     "convert",
     "export_onnx",
+    "heal",
     "inspect",
     "load",
     "ops",

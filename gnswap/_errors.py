@@ -10,6 +10,7 @@
     ├── RevertError              the original can no longer be had bit for bit
     ├── StoreError               a saved conversion that cannot be written or read
     ├── CalibrationError         photos: none, unreadable, or of the wrong shape
+    ├── HealingError             healing cannot go on
     ├── ExportError              the ONNX file could not be made
     ├── ValidationError          the ONNX file could not be judged
     │   └── ProviderError        the execution provider asked for does not run here
@@ -94,6 +95,10 @@ class StoreError(GnswapError):
 
 class CalibrationError(GnswapError):
     """Calibration photos are missing, unreadable or of the wrong shape."""
+
+
+class HealingError(GnswapError):
+    """Healing cannot go on; the network has the best weights so far."""
 
 
 class ExportError(GnswapError):

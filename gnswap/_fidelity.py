@@ -9,10 +9,9 @@ held, and the result does not depend on how the photos were split into batches.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from gnswap._errors import ArgumentError
 from gnswap._layer import FusedGroupNorm
+from gnswap._pairs import Pairs
 from gnswap._record import Record
 from gnswap._running import chunks, eval_mode, flat, no_photos, placed
 
@@ -105,11 +105,11 @@ def compare(original: nn.Module, converted: nn.Module, batches: Iterable[Any], *
     answers, errors = Answers(classifier=getattr(original, "num_classes", None) != 0), LayerErrors(names)
     with eval_mode(original, converted), torch.no_grad():
         for x, labels in chunks(batches, _ROWS if names else None):
-            with errors.hooked(original, errors.keep):
+            with errors.pairs.first(original):
                 expected = flat(original(placed(x, original)))
-            with errors.hooked(converted, errors.meet):
+            with errors.pairs.second(converted):
                 found = flat(converted(placed(x, converted)))
-            errors.finish()
+            errors.pairs.finish()
             answers.add(len(x), expected, found, labels)
     if not answers.photos:
         raise no_photos("compare on")
@@ -176,20 +176,13 @@ class Answers:
 
 
 class LayerErrors:
-    """Streaming sums over the swapped norms' outputs, gathered by hooks while the two networks run in turn."""
+    """Streaming sums over the swapped norms' outputs, gathered by `pairs` while the two networks run in turn."""
 
     def __init__(self, names: list[str]) -> None:
         self.sums = {name: [0.0, 0.0, 0.0] for name in names}  # of difference², original², product
-        self.waiting: dict[str, list[Tensor]] = {name: [] for name in names}  # the original's outputs, call by call
+        self.pairs = Pairs(names, self.add)
 
-    def keep(self, name: str, output: Tensor) -> None:
-        # a copy, since an in-place activation behind the norm would overwrite it
-        self.waiting[name].append(output.clone())
-
-    def meet(self, name: str, output: Tensor) -> None:
-        expected = self.waiting[name].pop(0) if self.waiting[name] else None
-        if expected is None or expected.shape != output.shape:
-            raise self._misfit(name, None if expected is None else expected.shape, output.shape)
+    def add(self, name: str, expected: Tensor, output: Tensor) -> None:
         found = output.to(expected.device)
         difference = found - expected
         sums = self.sums[name]
@@ -197,46 +190,10 @@ class LayerErrors:
         sums[1] += _dot(expected, expected)
         sums[2] += _dot(expected, found)
 
-    def expect(self, other: LayerErrors) -> None:
-        """Wait for the outputs that `other` has kept, which it may hand to others as well."""
-        self.waiting = {name: list(outputs) for name, outputs in other.waiting.items()}
-
-    def forget(self) -> None:
-        """Let go of the outputs that were kept."""
-        self.waiting = {name: [] for name in self.waiting}
-
-    def finish(self) -> None:
-        for name, outputs in self.waiting.items():
-            if outputs:
-                raise self._misfit(name, outputs[0].shape, None)
-
     def result(self) -> tuple[LayerError, ...]:
         return tuple(
             LayerError(name or "(root)", _relative(difference, size), product / size if size else math.nan)
             for name, (difference, size, product) in self.sums.items()
-        )
-
-    @contextlib.contextmanager
-    def hooked(self, model: nn.Module, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Hand each output of the named modules of `model` to `receive`."""
-        modules = dict(model.named_modules(remove_duplicate=False)) if self.sums else {}
-        handles = [
-            modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: receive(name, output))
-            for name in self.sums
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @staticmethod
-    def _misfit(name: str, expected: torch.Size | None, found: torch.Size | None) -> ArgumentError:
-        return ArgumentError(
-            "the two networks use a layer differently",
-            where=name or "(root)",
-            expected=f"an output of shape {tuple(expected)}" if expected is not None else "no further call",
-            found=str(tuple(found)) if found is not None else "no further call",
         )
 
 

@@ -95,8 +95,20 @@ class SoftnessSchedule:
 
     def step(self) -> None:
         """Go one step on; after the last one nothing changes any more. Call it after `optimizer.step()`."""
-        self.last_step += 1
-        self._set()
+        self.go_to(self.last_step + 1)
+
+    def go_to(self, step: int) -> None:
+        """Go to where `step` calls of `step` lead from the beginning; 0 gives the first gains back bit for bit."""
+        self.last_step = step
+        done = min(step / self.steps, 1.0)
+        left = 1.0 - done if self.shape == "linear" else (1.0 + math.cos(math.pi * done)) / 2
+        for path, layer in self._layers.items():
+            start = self._starts[path]
+            softness = self.end + (start.softness - self.end) * left if done < 1.0 else self.end
+            if start.gain is not None and layer.channel_gain is not None:
+                gain = softened(start.gain, softness - start.softness) if step else start.gain
+                layer.channel_gain = gain.to(layer.channel_gain, copy=True)
+            layer._softness = softness if step else start.softness  # the property would correct the gain once more
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is and what it began from: numbers, and under "gain" tensors `[C]` by path."""
@@ -127,21 +139,9 @@ class SoftnessSchedule:
                 found=f"different ones: {', '.join(different[:3])}",
             )
         self.end, self.steps, self.shape = state["end"], state["steps"], state["shape"]
-        self.last_step = state["last_step"]
         gains = state["gain"]
         self._starts = {
             path: _Start(softness, gains[path].clone() if path in gains else None)
             for path, softness in state["softness"].items()
         }
-        self._set()
-
-    def _set(self) -> None:
-        done = min(self.last_step / self.steps, 1.0)
-        left = 1.0 - done if self.shape == "linear" else (1.0 + math.cos(math.pi * done)) / 2
-        for path, layer in self._layers.items():
-            start = self._starts[path]
-            softness = self.end + (start.softness - self.end) * left if done < 1.0 else self.end
-            if start.gain is not None and layer.channel_gain is not None:
-                gain = softened(start.gain, softness - start.softness)
-                layer.channel_gain = gain.to(layer.channel_gain)
-            layer._softness = softness  # not the property, which would correct the gain once more
+        self.go_to(state["last_step"])

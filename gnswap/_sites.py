@@ -191,11 +191,12 @@ def digest(model: nn.Module) -> dict[str, str]:
             if tensor is None or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            sums[f"{path}.{name}" if path else name] = _checksum(tensor)
+            sums[f"{path}.{name}" if path else name] = checksum(tensor)
     return sums
 
 
-def _checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
+    """crc32 of a tensor's bytes, whatever its device and layout; "meta" or "lazy" where it has none."""
     if is_lazy(tensor):
         return "lazy"
     if tensor.is_meta:

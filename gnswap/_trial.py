@@ -69,7 +69,7 @@ class Jury:
 
     def __init__(self, model: nn.Module, photos: Sequence[Tensor]) -> None:
         self.model, self.photos = model, photos
-        self.expected = self._answers()
+        self.expected = answers(model, photos)
         first = self.expected[0]
         self.is_classifier = (
             getattr(model, "num_classes", None) != 0
@@ -81,7 +81,10 @@ class Jury:
     def score(self, decisions: Iterable[Decision]) -> Score:
         """Run the network as converted on all the photos."""
         with converted(self.model, decisions):
-            found = self._answers()
+            return self.judge(answers(self.model, self.photos))
+
+    def judge(self, found: Sequence[Sequence[Tensor]]) -> Score:
+        """Score what `answers` gave for another network on all the photos."""
         pairs = [pair for one, two in zip(self.expected, found, strict=True) for pair in zip(one, two, strict=True)]
         if not all(bool(ours.isfinite().all()) for _, ours in pairs):
             return Score(float("inf"), 0.0 if self.is_classifier else None)
@@ -92,10 +95,10 @@ class Jury:
         distance = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
         return Score(float(distance), float((theirs.argmax(1) == ours.argmax(1)).double().mean()))
 
-    def _answers(self) -> list[list[Tensor]]:
-        """Every floating output for each batch, in fp64 on the CPU."""
-        with eval_mode(self.model), torch.no_grad():
-            return [
-                [output.cpu().double() for output in flat(self.model(placed(batch, self.model)))]
-                for batch in batched(self.photos, ROWS)
-            ]
+
+def answers(model: nn.Module, photos: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Every floating output of a network for each batch of `ROWS` photos, in fp64 on the CPU."""
+    with eval_mode(model), torch.no_grad():
+        return [
+            [output.cpu().double() for output in flat(model(placed(batch, model)))] for batch in batched(photos, ROWS)
+        ]

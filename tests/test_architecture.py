@@ -34,6 +34,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_parity",
             "_stress",
             "_onnx_scopes",
+            "_pairs",
+            "_views",
+            "_processes",
         }
     ),
     frozenset({"ops._aten", "ops._cpu", "_onnx.norm"})
@@ -43,6 +46,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"ops._op", "ops._direct", "ops"} | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order"}),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
+        | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "write", "lowerings")}
         | {f"_onnx.lowerings.{first}_norm{then}" for first in ("instance", "layer") for then in ("", "_batch_norm")}
@@ -52,6 +56,9 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "_inspect",
             "_calibrate",
+            "_heal",
+            "_healer",
+            "_healing",
             "_plan",
             "_apply",
             "_revert",
@@ -132,6 +139,11 @@ SAME_FLOOR = {
     ("_references", "_layer"): "the norms whose results are compared",
     ("_references", "_running"): "the networks run in eval mode",
     ("_references", "_sites"): "every norm is known under all its names",
+    ("_distill", "_running"): "while the networks run",
+    ("_healing", "_weights"): "a checkpoint's tensors go into a file as a network's do",
+    ("_healer", "_healing"): "its records and its checkpoint",
+    ("_heal", "_healer"): "which does the work",
+    ("_heal", "_healing"): "what it gives back",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_store", "_report.records"): "a saved network has its report beside it",
     ("_store", "_report.write"): "the same",

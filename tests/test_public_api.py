@@ -12,7 +12,7 @@ import pytest
 
 import gnswap
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "matplotlib", "torchvision", "timm", "typer")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "triton", "matplotlib", "torchvision", "timm", "typer", "accelerate")
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -33,7 +33,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        "calibrate", "inspect", "plan", "apply", "convert", "revert", "save", "load", "compare", "export_onnx",
+        "calibrate", "inspect", "plan", "apply", "convert", "heal", "revert", "save", "load", "compare", "export_onnx",
         "validate_onnx", "register_norm",
     ],
 )  # fmt: skip

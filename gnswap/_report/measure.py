@@ -54,15 +54,15 @@ def measure(
     planned = stages if trained else stages[:-1]
     runs = [_Run(lever, _answering_as(original, decisions), original, names) for lever, decisions in planned]
     runs.append(itself)
-    kept, parts = LayerErrors(names), []
+    listener, parts = LayerErrors(names).pairs, []
     with eval_mode(original, converted), torch.no_grad():
         for x, labels in chunks(photos, _ROWS):
             parts.append(collect(original, [x]))
-            with kept.hooked(original, kept.keep):
+            with listener.first(original):
                 expected = flat(original(placed(x, original)))
+            kept = listener.take()
             for run in runs:
                 found = run.meet(x, expected, labels, kept)
-            kept.forget()
             worst.add(x, expected, found, classes=itself.answers.classifier)
     if not parts:
         raise no_photos("measure on")
@@ -90,12 +90,14 @@ class _Run:
         self.answers = Answers(classifier=getattr(original, "num_classes", None) != 0)
         self.errors = LayerErrors(names)
 
-    def meet(self, x: Tensor, expected: list[Tensor], labels: Tensor | None, kept: LayerErrors) -> list[Tensor]:
+    def meet(
+        self, x: Tensor, expected: list[Tensor], labels: Tensor | None, kept: dict[str, list[Tensor]]
+    ) -> list[Tensor]:
         """Run the photos through it and add up how far it is from the original; returns its outputs."""
-        self.errors.expect(kept)
-        with self.network() as network, self.errors.hooked(network, self.errors.meet):
+        self.errors.pairs.expect(kept)
+        with self.network() as network, self.errors.pairs.second(network):
             found = flat(network(placed(x, network)))
-        self.errors.finish()
+        self.errors.pairs.finish()
         self.answers.add(len(x), expected, found, labels)
         return found
 

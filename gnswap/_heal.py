@@ -1,0 +1,161 @@
+"""heal: teach a converted network, for a few minutes and without labels, what its original answers.
+
+What conversion cannot keep is what the original did with a photo's own contrast: GroupNorm divides it out. The weights
+can make up for much of it, and the original says what is right on any photo.
+
+Why everything stays in eval mode: what is left of dropout would only blur the comparison, and a GroupNorm is the same
+in both modes. Why the batch may be small: so is no sample's result changed by the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._healer import Healer, crc
+from gnswap._healing import HealReport, Job
+from gnswap._layer import FusedGroupNorm
+from gnswap._running import eval_mode, keys, photos_in
+from gnswap._sites import Applied, applied, digest, require_plain
+
+LEAST_PHOTOS = 8
+
+
+def heal(
+    converted: nn.Module,
+    original: nn.Module,
+    photos: Iterable[Any],
+    *,
+    steps: int = 600,
+    batch_size: int = 8,
+    lr: float = 1e-4,
+    accumulation: int = 1,
+    softness_end: float | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+) -> HealReport:
+    """Distil the original into the converted network, in place, from unlabelled photos.
+
+    AdamW without weight decay, a learning rate that rises and then falls as a cosine, random views of the photos
+    (crops, mirror images, colour, blends). Every fourth photo is held out and judges: the best weights are kept, it
+    stops where they get no better, and where healing did not help at all the network is given back bit for bit. Only
+    parameters that require gradients are trained; the standardisation and all other buffers stay. `gnswap.save` and
+    `load` work as before; `revert` refuses, as after any training.
+
+    With several processes (`accelerate launch`, `torchrun`) every process is given the same networks and photos, each
+    takes its share of every batch, and the result is the same up to rounding.
+
+    Args:
+        converted: what `gnswap.convert` or `apply` made of the original; trained in place, in fp32 or fp64.
+        original: the network with its BatchNorms; only read.
+        photos: input batches, as for `gnswap.calibrate`; all of one shape. 64 to 256 photos are good. Read once, kept
+            in memory.
+        steps: optimizer steps.
+        batch_size: photos in a step, over all processes.
+        lr: the highest learning rate.
+        accumulation: parts that a process computes its share of a batch in, where memory is scarce.
+        softness_end: a softness that every layer is taken to during the first half of the steps; 0 ends with pure
+            GroupNorm. By default the softness stays.
+        checkpoint: a directory for the state, written at every look at the photos held out. Called again with the same
+            arguments after a kill, healing goes on there and ends with the same weights, bit for bit on one process.
+        seed: of the order of the photos and of their views.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        ArgumentError: `converted` was not converted by gnswap, shares tensors with `original`, has nothing to train or
+            half precision; a number is out of range; the networks do not correspond.
+        CalibrationError: fewer than 8 photos, of different shapes, or with numbers that are not finite.
+        HealingError: the loss is no longer finite. The network has the best weights so far.
+        StoreError: `checkpoint` holds something else, or the state of another healing.
+        MissingDependencyError: there are several processes, and accelerate is not installed.
+        WrappedModelError: a model is wrapped (DDP, FSDP, torch.compile): heal the module inside.
+
+    Example:
+        >>> import torch, gnswap
+        >>> norm = torch.nn.BatchNorm2d(8)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm, torch.nn.ReLU(), torch.nn.Flatten()).eval()
+        >>> converted = gnswap.convert(net, groups=2, softness=0).model
+        >>> report = gnswap.heal(converted, net, [torch.rand(16, 3, 6, 6)], steps=20, lr=1e-3)
+        >>> report.healed, report.photos, report.held_out, report.after.distance < report.before.distance
+        (True, 12, 4, True)
+    """
+    record = _require_networks(converted, original)
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("accumulation", accumulation)):
+        if value < 1:
+            raise ArgumentError(f"{name} is too small", where="heal", expected="1 or more", found=str(value))
+    if not 0 < lr < math.inf:
+        raise ArgumentError("lr is out of range", where="heal", expected="above 0, finite", found=str(lr))
+    singles = _same_shape(photos_in(photos))
+    job = Job(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        softness_end=None if softness_end is None else float(softness_end),
+        seed=seed,
+        plan=crc(record.plan.to_json()),
+        original=crc(str(digest(original))),
+        photos=crc(str([key for photo in singles for key in keys(photo)])),
+    )
+    with eval_mode(converted, original):
+        names = [decision.paths[0] for decision in record.plan.swaps]
+        run = Healer(converted, original, names, singles, job, accumulation, checkpoint)
+        try:
+            run.start()
+            run.go_on()
+        finally:  # after an error or an interruption too: the best weights so far, or those of the start
+            run.restore_best()
+    return run.report()
+
+
+def _require_networks(converted: nn.Module, original: nn.Module) -> Applied:
+    """The record of the conversion. Raises what `heal` says about networks that do not fit."""
+    for model in (converted, original):
+        require_plain(model)
+    record = applied(converted)
+    if record is None:
+        raise ArgumentError(
+            "this model was not converted by gnswap",
+            where="heal.converted",
+            expected="what gnswap.apply, convert or load returned, as a whole",
+            found=type(converted).__qualname__,
+        )
+    trained = {name: p for name, p in converted.named_parameters() if p.requires_grad}
+    theirs = {tensor.data_ptr() for tensor in original.parameters()}
+    half = [name for name, p in trained.items() if p.dtype not in (torch.float32, torch.float64)]
+    shared = [name for name, p in trained.items() if p.data_ptr() in theirs]
+    layers = {path for path, _ in original.named_modules(remove_duplicate=False)}
+    missing = [decision.name for decision in record.plan.swaps if decision.paths[0] not in layers]
+    converted_too = [path for path, module in original.named_modules() if isinstance(module, FusedGroupNorm)]
+    for problem, names, fix in (
+        ("the original is converted too", converted_too, "Pass the network with its BatchNorms, or a copy of it."),
+        ("the two networks are not the same architecture", missing, "Pass the network that was converted."),
+        ("the two networks share tensors", shared, "Convert a copy, or pass a copy of the original."),
+        ("half precision is too coarse to train in", half, "Call converted.float() first, and .half() afterwards."),
+    ):
+        if names:
+            raise ArgumentError(problem, where=f"heal, {names[0]}", fix=fix)
+    if not trained:
+        raise ArgumentError(
+            "there is nothing to train", where="heal.converted", expected="parameters that require gradients"
+        )
+    return record
+
+
+def _same_shape(photos: list[Tensor]) -> list[Tensor]:
+    shapes = {tuple(photo.shape[1:]) for photo in photos}
+    if len(photos) < LEAST_PHOTOS or len(shapes) > 1:
+        raise CalibrationError(
+            "too few photos to heal with" if len(photos) < LEAST_PHOTOS else "photos of different shapes",
+            where="heal.photos",
+            expected=f"{LEAST_PHOTOS} or more, all of one shape",
+            found=f"{len(photos)} of {', '.join(map(str, sorted(shapes)[:3]))}",
+        )
+    return photos
