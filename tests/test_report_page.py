@@ -103,7 +103,7 @@ def test_the_controls_work(page: str, tmp_path: Path) -> None:
         '"hash":"#theme=dark&amp;layer=0"',
         '"back":true',
         '"wide":true',
-        '"charts":6',
+        '"charts":7',
         '"photos":10',
     ):
         assert expected in found[1]

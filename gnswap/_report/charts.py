@@ -1,6 +1,6 @@
 """The charts of the report as SVG, each in any width, so that a phone gets its own and not a shrunken one.
 
-The stages' colours are the classes s0, s1, ... of the page's style sheet. An element with data-layer is a layer's
+The levers' colours are the classes s0, s1, ... of the page's style sheet. An element with data-layer is a layer's
 column: a click on it selects the layer.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from gnswap._report.levers import PLACES
 from gnswap._report.records import FidelityReport
 from gnswap._report.svg import Axis, Picture, path, short
 
@@ -36,7 +37,7 @@ def stages_chart(report: FidelityReport, width: int) -> str:
         picture.add("text", stage.name, x=left, y=y + 8, class_="name")
         picture.add(
             "rect", title=f"{stage.name}: {stage.what}", x=left, y=y + 14, width=max(x(value) - left, 1), height=16,
-            class_=f"bar s{index}",
+            class_=f"bar s{PLACES[stage.name]}",
         )  # fmt: skip
         edge = x(value)
         if stage.interval is not None:
@@ -50,30 +51,43 @@ def stages_chart(report: FidelityReport, width: int) -> str:
 
 def errors_chart(report: FidelityReport, width: int) -> str:
     """The relative error of every layer's output, a line for each stage."""
-    height, top = 300, 12
+    series = {
+        stage.name: {layer.name: layer.relative_error for layer in stage.fidelity.layers} for stage in report.stages
+    }
+    return _lines(report, width, 300, "The relative error of every layer's output at every stage", series)
+
+
+def shift_chart(report: FidelityReport, width: int) -> str:
+    """How far the mean that every layer subtracts is from BatchNorm's, a line for each stage."""
+    series: dict[str, dict[str, float]] = {}
+    for layer in report.layers:
+        for spread in layer.spreads:
+            series.setdefault(spread.stage, {})[layer.name] = spread.shift
+    return _lines(report, width, 230, "How far the mean that every layer subtracts is from BatchNorm's", series)
+
+
+def _lines(report: FidelityReport, width: int, height: int, label: str, series: dict[str, dict[str, float]]) -> str:
+    """Positive values of every layer, logarithmic, a line for each stage."""
+    top, bottom = 12, height - _BOTTOM
     names = [layer.name for layer in report.layers]
-    series = [{layer.name: layer.relative_error for layer in stage.fidelity.layers} for stage in report.stages]
-    values = [value for errors in series for value in errors.values() if value > 0]
-    picture = Picture(width, height, "The relative error of every layer's output at every stage")
-    y = Axis.decades(values, height - _BOTTOM, top, least=1e-3, most=100)
+    picture = Picture(width, height, label)
+    values = [value for found in series.values() for value in found.values() if value > 0]
+    y = Axis.decades(values, bottom, top, least=1e-3, most=100)
     x = _layers_axis(names, width)
-    _frame(picture, y, width, top, height - _BOTTOM)
-    _layer_ticks(picture, x, len(names), height - _BOTTOM, "layer, in the order of the network")
-    for index, errors in enumerate(series):
+    _frame(picture, y, width, top, bottom)
+    _layer_ticks(picture, x, len(names), bottom, "layer, in the order of the network")
+    for stage, found in series.items():
+        kind = f"s{PLACES[stage]}"
         points = [
-            (x(place), y(errors[name])) if errors.get(name, math.nan) > 0 else None for place, name in enumerate(names)
+            (x(place), y(found[name])) if found.get(name, math.nan) > 0 else None for place, name in enumerate(names)
         ]
-        picture.add("path", d=path(points), class_=f"line s{index}")
+        picture.add("path", d=path(points), class_=f"line {kind}")
         for point in points:
             if point is not None:
-                picture.add("circle", cx=point[0], cy=point[1], r=2.2, class_=f"dot s{index}")
+                picture.add("circle", cx=point[0], cy=point[1], r=2.2, class_=f"dot {kind}")
     for place, name in enumerate(names):
-        lines = [
-            f"{stage.name}: {short(errors[name])}"
-            for stage, errors in zip(report.stages, series, strict=True)
-            if name in errors
-        ]
-        _column(picture, x, place, "\n".join([name, *lines]), top, height - _BOTTOM)
+        lines = [f"{stage}: {short(found[name])}" for stage, found in series.items() if name in found]
+        _column(picture, x, place, "\n".join([name, *lines]), top, bottom)
     return str(picture)
 
 
@@ -101,9 +115,9 @@ def spread_chart(report: FidelityReport, width: int) -> str:
                 if len(run) == 1:  # a band needs two layers: a lone one gets a bar
                     upper = [(upper[0][0] - 3, upper[0][1]), (upper[0][0] + 3, upper[0][1])]
                     lower = [(lower[0][0] + 3, lower[0][1]), (lower[0][0] - 3, lower[0][1])]
-                picture.add("path", d=path(upper + lower) + "Z", class_=f"band {kind} s{index}")
+                picture.add("path", d=path(upper + lower) + "Z", class_=f"band {kind} s{PLACES[stage]}")
         middle = [None if values is None else (x(place), y(values[2])) for place, values in enumerate(quantiles)]
-        picture.add("path", d=path(middle), class_=f"line s{index}")
+        picture.add("path", d=path(middle), class_=f"line s{PLACES[stage]}")
         for place, values_here in enumerate(quantiles):
             if values_here is not None:
                 title = f"{names[place]}, {stage}: 5 to 95 % from {short(values_here[0])} to {short(values_here[4])}"

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gnswap._errors import MissingDependencyError
+from gnswap._report.levers import PLACES
 from gnswap._report.records import FidelityReport
 
 if TYPE_CHECKING:
@@ -67,17 +68,17 @@ def _stages(report: FidelityReport, axes: Axes) -> None:
         whiskers = [[value - low for value, (low, _) in pairs], [high - value for value, (_, high) in pairs]]
         axes.set_xlabel(f"share of {report.photos} photos with the original's class, 95 % interval")
         axes.set_xlim(0, 1)
-    axes.barh(
-        names, values, xerr=whiskers, color=[_colour(index) for index in range(len(names))], capsize=3, height=0.6
-    )
+    axes.barh(names, values, xerr=whiskers, color=[_colour(name) for name in names], capsize=3, height=0.6)
     axes.invert_yaxis()
 
 
 def _layers(report: FidelityReport, axes: Axes) -> None:
     places = {layer.name: place for place, layer in enumerate(report.layers)}
-    for index, stage in enumerate(report.stages):
+    for stage in report.stages:
         errors = [(places[error.name], _plottable(error.relative_error)) for error in stage.fidelity.layers]
-        axes.plot(*zip(*errors, strict=True), ".-", color=_colour(index), linewidth=1, markersize=4, label=stage.name)
+        axes.plot(
+            *zip(*errors, strict=True), ".-", color=_colour(stage.name), linewidth=1, markersize=4, label=stage.name
+        )
     _logarithmic(axes)
     axes.set_xlabel("layer, in the order of the network")
     axes.set_ylabel("relative error of the output")
@@ -87,7 +88,7 @@ def _layers(report: FidelityReport, axes: Axes) -> None:
 
 def _spread(report: FidelityReport, axes: Axes) -> None:
     stages = list(dict.fromkeys(spread.stage for layer in report.layers for spread in layer.spreads))
-    for index, stage in enumerate(stages):
+    for stage in stages:
         rows = [
             (place, spread.variance)
             for place, layer in enumerate(report.layers)
@@ -96,8 +97,8 @@ def _spread(report: FidelityReport, axes: Axes) -> None:
         ]
         x = [place for place, _ in rows]
         low, middle, high = ([values[at] for _, values in rows] for at in (0, 2, 4))
-        axes.fill_between(x, low, high, color=_colour(index), alpha=0.22, linewidth=0)
-        axes.plot(x, middle, color=_colour(index), linewidth=1.2, label=stage)
+        axes.fill_between(x, low, high, color=_colour(stage), alpha=0.22, linewidth=0)
+        axes.plot(x, middle, color=_colour(stage), linewidth=1.2, label=stage)
     _logarithmic(axes)
     axes.axhline(1, color="black", linewidth=0.7, linestyle="--")
     axes.set_xlabel("layer, in the order of the network")
@@ -108,13 +109,13 @@ def _spread(report: FidelityReport, axes: Axes) -> None:
 def _photos(report: FidelityReport, axes: Axes) -> None:
     answers = report.answers
     if not answers.same:
-        axes.plot(sorted(map(_plottable, answers.distance)), ".", color=_colour(3))
+        axes.plot(sorted(map(_plottable, answers.distance)), ".", color=_COLOURS[3])
         _logarithmic(axes)
         axes.set_xlabel("photos, best first")
         axes.set_ylabel("relative error of the output")
         return
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle="--")
-    for wanted, colour, label in ((True, _colour(3), "same class"), (False, _colour(0), "another class")):
+    for wanted, colour, label in ((True, _COLOURS[3], "same class"), (False, _COLOURS[0], "another class")):
         rows = zip(answers.probability_original, answers.probability_converted, answers.same, strict=True)
         points = [(before, after) for before, after, same in rows if same is wanted]
         if points:
@@ -137,8 +138,8 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+def _colour(stage: str) -> str:
+    return _COLOURS[PLACES[stage]]
 
 
 def _plottable(value: float) -> float:

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from gnswap._report import charts
+from gnswap._report.levers import PLACES
 from gnswap._report.records import FidelityReport, Stage
 from gnswap._report.svg import short
 
@@ -30,6 +31,7 @@ def page(report: FidelityReport) -> str:
     classes = report.agreement_interval is not None
     return environment.from_string(text("page.html.j2")).render(
         report=report,
+        places=PLACES,
         css=plain(text("page.css")),
         script=plain(text("page.js")),
         data=plain(_json(report)),
@@ -50,6 +52,7 @@ def _charts(report: FidelityReport) -> dict[str, list[str]]:
         "stages": (charts.stages_chart, bool(report.stages)),
         "errors": (charts.errors_chart, bool(report.stages)),
         "spread": (charts.spread_chart, bool(report.layers)),
+        "shift": (charts.shift_chart, bool(report.stages) and any(layer.spreads for layer in report.layers)),
         "loudness": (charts.loudness_chart, bool(report.layers)),
         "photos": (charts.photos_chart, bool(report.answers.distance)),
         "confidence": (charts.confidence_chart, bool(report.answers.same)),
@@ -88,7 +91,7 @@ def _cards(report: FidelityReport) -> list[tuple[str, str]]:
 
 def _range(interval: tuple[float, ...] | None) -> str:
     assert interval is not None
-    return f"95 %: {interval[0]:.0%} to {interval[1]:.0%}"
+    return f"95\u00a0%: {interval[0]:.0%} to {interval[1]:.0%}"
 
 
 def _said(report: FidelityReport) -> list[str]:

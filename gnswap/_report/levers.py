@@ -39,6 +39,9 @@ LEVERS = (
     Lever("corrections", "a gain and an offset for each channel, fitted to photos", ("gain", "offset"), regroups=False),
 )
 TRAINED = Lever("trained", "the network as it is now: healed or trained after the conversion", regroups=False)
+PLACES = {lever.name: place for place, lever in enumerate((NAIVE, *LEVERS, TRAINED))}
+"""Each lever's colour, the same in all pictures and reports."""
+
 _OFF = {"standardise": False}
 
 
