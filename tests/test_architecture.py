@@ -155,6 +155,7 @@ SAME_FLOOR = {
     ("_report.html", "_report.charts"): "the page holds the charts",
     ("_report.html", "_report.records"): "and shows the record",
     ("_report.figures", "_report.records"): "they draw the record",
+    ("_report.figures", "_report.charts"): "of the same stages",
     ("_report.write", "_report.html"): "the files are these",
     ("_report.write", "_report.figures"): "the same",
     ("_report.write", "_report.records"): "the same",

@@ -23,7 +23,7 @@ from gnswap._report.figures import figures
 from gnswap._report.levers import LEVERS, stages
 from gnswap._report.photos import MOST, thumbnail
 from gnswap._report.records import FidelityReport, wilson
-from gnswap._report.svg import Axis
+from gnswap._report.svg import Axis, short
 from tests._models import build, randomise_norms, same_state, small_cnn
 
 PHOTOS = 20
@@ -377,3 +377,12 @@ def test_an_axis_around_nothing_finite() -> None:
     values: list[Any] = [math.nan, math.inf]
     axis = Axis.decades(values, 0, 10, least=1e-3, most=1e3)
     assert (axis.low, axis.high) == pytest.approx((10**-0.5, 10**0.5))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e-8, "0"), (0.0123, "0.0123"), (0.001234, "0.001"), (1, "1"), (0.5, "0.5"), (123.4, "123"), (2e6, "2e+06"),
+     (math.inf, "not finite")],
+)  # fmt: skip
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert short(value) == text

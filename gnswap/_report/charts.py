@@ -59,10 +59,10 @@ def errors_chart(report: FidelityReport, width: int) -> str:
 
 def shift_chart(report: FidelityReport, width: int) -> str:
     """How far the mean that every layer subtracts is from BatchNorm's, a line for each stage."""
-    series: dict[str, dict[str, float]] = {}
+    series: dict[str, dict[str, float]] = {stage: {} for stage in spread_stages(report)}
     for layer in report.layers:
         for spread in layer.spreads:
-            series.setdefault(spread.stage, {})[layer.name] = spread.shift
+            series[spread.stage][layer.name] = spread.shift
     return _lines(report, width, 230, "How far the mean that every layer subtracts is from BatchNorm's", series)
 
 
@@ -91,10 +91,15 @@ def _lines(report: FidelityReport, width: int, height: int, label: str, series: 
     return str(picture)
 
 
+def spread_stages(report: FidelityReport) -> list[str]:
+    """The stages that change what a layer divides by and subtracts."""
+    return list(dict.fromkeys(spread.stage for layer in report.layers for spread in layer.spreads))
+
+
 def spread_chart(report: FidelityReport, width: int) -> str:
     """What every layer divides by at every stage, relative to BatchNorm's variance: a panel for each stage."""
     names = [layer.name for layer in report.layers]
-    stages = list(dict.fromkeys(spread.stage for layer in report.layers for spread in layer.spreads))
+    stages = spread_stages(report)
     found = {(layer.name, spread.stage): spread.variance for layer in report.layers for spread in layer.spreads}
     panel, gap, top = 110, 30, 24
     height = top + len(stages) * (panel + gap) + _BOTTOM - gap

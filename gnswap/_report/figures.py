@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gnswap._errors import MissingDependencyError
+from gnswap._report.charts import spread_stages
 from gnswap._report.levers import PLACES
 from gnswap._report.records import FidelityReport
 
@@ -87,8 +88,7 @@ def _layers(report: FidelityReport, axes: Axes) -> None:
 
 
 def _spread(report: FidelityReport, axes: Axes) -> None:
-    stages = list(dict.fromkeys(spread.stage for layer in report.layers for spread in layer.spreads))
-    for stage in stages:
+    for stage in spread_stages(report):
         rows = [
             (place, spread.variance)
             for place, layer in enumerate(report.layers)

@@ -32,6 +32,7 @@ def page(report: FidelityReport) -> str:
     return environment.from_string(text("page.html.j2")).render(
         report=report,
         places=PLACES,
+        spread_stages=charts.spread_stages(report),
         css=plain(text("page.css")),
         script=plain(text("page.js")),
         data=plain(_json(report)),

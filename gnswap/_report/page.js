@@ -34,6 +34,7 @@ function colour(share) {
 
 function short(value) {
   if (value === null) return "–";
+  if (value < 1e-6) return "0"; // rounding
   if (value >= 1e5) return value.toExponential(1);
   return value >= 10 ? String(Math.round(value)) : String(Number(value.toPrecision(value < 0.01 ? 1 : 3)));
 }

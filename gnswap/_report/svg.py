@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 
+_NOTHING = 1e-6  # below it there is only rounding
+
+
 class Picture:
     """An SVG picture that grows element by element.
 
@@ -85,7 +88,7 @@ class Axis:
             return [self.low + index * step for index in range(6)]
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         stride = max(1, math.ceil((last - first) / most))
-        digits = (1, 2, 5) if last - first <= 2 else (1,)
+        digits = (1, 2, 5) if self.high < 100 * self.low else (1,)
         found = [digit * 10.0**power for power in range(first, last + 1) if power % stride == 0 for digit in digits]
         return [value for value in found if self.low <= value <= self.high]
 
@@ -111,4 +114,6 @@ def short(value: float) -> str:
     """A number for people: 0.012, 1, 50, 2000, 1e+06."""
     if not math.isfinite(value):
         return "not finite"
+    if abs(value) < _NOTHING:
+        return "0"
     return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.1g}"
