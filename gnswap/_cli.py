@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 import gnswap
 from gnswap import _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
 from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Rebuilt
+from gnswap._convert import healed
 from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
 from gnswap._store import require_free, saved_source
@@ -151,6 +152,16 @@ def convert(
         Path | None,
         typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth, that choose and measure."),
     ] = None,
+    heal: Annotated[
+        int | None,
+        typer.Option(
+            "--heal",
+            metavar="STEPS",
+            min=1,
+            help="Then train the converted network for so many steps to answer as the original does, on the photos of "
+            "--calib, without labels. A quarter of them judges; 600 are a good number.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Use no more than N of the photos.")
     ] = None,
@@ -168,12 +179,16 @@ def convert(
 
         gnswap convert resnet50 --weights mine.pth --group-size 32 --calib photos/ -o resnet50-gn
 
+        gnswap convert resnet50 --pretrained --softness 0 --calib photos/ --heal 600 -o resnet50-gn
+
         gnswap convert mypackage.models:build -o out --groups 8 --softness 0 --exclude 'head.*' --json
     """
     if pretrained and weights is not None:
         raise typer.BadParameter("give --pretrained or --weights, not both")
     if limit is not None and calib is None:
         raise typer.BadParameter("--limit is for the photos of --calib, which is not given")
+    if heal is not None and calib is None:
+        raise typer.BadParameter("--heal learns from the photos of --calib, which is not given")
     options: dict[str, Any] = {
         "groups": _number("--groups", groups, int),
         "group_size": group_size,
@@ -200,6 +215,9 @@ def convert(
         names = photos.names
     with _cli_output.step("converting"), _cli_output.warnings_as_notes():
         conversion = gnswap.convert(network, **options)
+    if heal is not None:
+        with _cli_output.step(f"healing, {heal} steps"):
+            conversion = healed(conversion, network, options["calibration"], steps=heal)
     with _cli_output.step("reporting"):
         kept = gnswap.report(
             network, conversion, options.get("calibration"), held_out=False, photo_names=names, command=ctx.obj
@@ -217,6 +235,8 @@ def convert(
     views = [_cli_tables.plan_view(conversion.plan)]
     if conversion.report.fidelity is not None:
         views.append(_cli_tables.fidelity_view(conversion.report.fidelity))
+    if conversion.report.healing is not None:
+        views.append(f"[bold]Healing:[/] {escape(conversion.report.healing.verdict)}.")
     seen = f"Saved to [bold]{escape(str(output))}[/]; what was kept: [bold]{escape(str(output / 'report.html'))}[/]."
     _cli_output.result(data, [*views, seen], as_json)
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from gnswap._apply import apply
 from gnswap._fidelity import Fidelity, compare
+from gnswap._heal import heal
+from gnswap._healing import HealReport
 from gnswap._moments import ChannelStatistics
 from gnswap._plan import plan as make_plan
 from gnswap._record import Record
@@ -27,6 +29,7 @@ class ConversionReport(Record):
         kept: number of norm layers that were left; the plan says why.
         notes: what a user should know, kept layers first.
         fidelity: the converted network against the original on the calibration photos; None without photos.
+        healing: what `gnswap.heal` did before `fidelity` was measured; None where it was not healed.
     """
 
     model: str
@@ -34,6 +37,7 @@ class ConversionReport(Record):
     kept: int
     notes: tuple[str, ...] = ()
     fidelity: Fidelity | None = None
+    healing: HealReport | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +119,32 @@ def convert(
         model=plan.model, swapped=len(plan.swaps), kept=len(plan.kept), notes=tuple(notes), fidelity=measured
     )
     return Conversion(converted, plan, report)
+
+
+def healed(conversion: Conversion, original: nn.Module, photos: Iterable[Any], *, steps: int) -> Conversion:
+    """Heal a conversion's network in place, and report on it as it is then.
+
+    Args:
+        conversion: what `convert` made of `original`.
+        original: the network with its BatchNorms.
+        photos: input batches; read once.
+        steps: see `gnswap.heal`.
+
+    Returns:
+        The same network and plan with another report.
+
+    Raises:
+        GnswapError: see `gnswap.heal`.
+    """
+    kept = kept_batches(photos)
+    healing = heal(conversion.model, original, kept, steps=steps)
+    report = dataclasses.replace(
+        conversion.report,
+        notes=(*conversion.report.notes, healing.verdict),
+        fidelity=compare(original, conversion.model, kept),
+        healing=healing,
+    )
+    return dataclasses.replace(conversion, report=report)
 
 
 def _verdict(target: float, measured: Fidelity) -> str:

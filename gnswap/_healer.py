@@ -28,7 +28,7 @@ from gnswap._sites import checksum
 from gnswap._trial import Jury, answers
 from gnswap._views import views
 
-_FEATURES = 1.0  # weight of the features beside the answers
+_FEATURES = 10.0  # weight of the features beside the answers
 _BETAS = (0.9, 0.99)
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
 _LOOKS = 10  # at the photos held out

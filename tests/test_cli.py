@@ -130,6 +130,7 @@ def test_version(run: Run) -> None:
         (("convert", "nets:small", "-o", "x", "--softness", "soft"), "neither auto nor a number"),
         (("convert", "nets:small", "-o", "x", "--order", "random"), "random"),
         (("convert", "nets:small", "-o", "x", "--limit", "3"), "--calib"),
+        (("convert", "nets:small", "-o", "x", "--heal", "3"), "--calib"),
         (("convert", "nets:small", "-o", "x", "--group-size", "0"), "--group-size"),
         (("validate", "a.onnx", "b", "--provider", "tpu"), "tpu"),
         (("inspct", "nets:small"), "inspct"),
@@ -263,6 +264,25 @@ def test_convert_writes_a_report(run: Run, photos: Path, tmp_path: Path) -> None
     assert all(photo.thumbnail for photo in report.worst)
     assert run("convert", "nets:small", "-o", "out").exit_code == 0  # a report is no foreign file
     assert gnswap.FidelityReport.from_json((tmp_path / "out" / "report.json").read_text()).photos == 0
+
+
+def test_convert_heals(run: Run, photos: Path) -> None:
+    for number in range(3, 9):
+        Image.effect_noise((20, 24), 40 + 10 * number).convert("RGB").save(photos / f"{number}.png")
+    arguments = ("convert", "nets:small", "--softness", "0", "--calib", str(photos), "--heal", "4", "--json")
+    result = run(*arguments, "-o", "healed")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    healing = gnswap.HealReport.from_dict(report["healing"])
+    assert (healing.photos, healing.held_out, healing.steps) == (7, 2, 4)
+    assert healing.verdict in report["notes"]
+    assert "healing, 4 steps" in said(result)
+    assert run(*arguments[:-3], "-o", "unhealed").exit_code == 0
+    network = _cli_models.build_model("nets:small")
+    states = [gnswap.load(name, network).state_dict() for name in ("healed", "unhealed")]
+    assert healing.healed == any(not torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    as_text = run(*arguments[:-1], "-o", "healed")
+    assert f"Healing: {healing.verdict}." in as_text.stdout
 
 
 def test_convert_prints_the_fidelity(run: Run, photos: Path) -> None:
