@@ -6,6 +6,7 @@ call: `convert`) → `heal` → your own training or `save`/`load` → `export_o
 
 from gnswap import ops
 from gnswap._apply import apply
+from gnswap._benchmark import benchmark_onnx
 from gnswap._calibrate import calibrate
 from gnswap._convert import Conversion, ConversionReport, convert
 from gnswap._errors import (
@@ -40,6 +41,7 @@ from gnswap._report.records import FidelityReport
 from gnswap._report.verb import report
 from gnswap._revert import revert
 from gnswap._schedule import SoftnessSchedule
+from gnswap._speed import Benchmark
 from gnswap._store import load, save
 from gnswap._validate import validate_onnx
 
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Benchmark",
     "CalibrationError",
     "ChannelStatistics",
     "Conversion",
@@ -78,6 +81,7 @@ __all__ = [
     "ValidationError",
     "WrappedModelError",
     "apply",
+    "benchmark_onnx",
     "calibrate",
     "compare",
     "convert",

@@ -17,7 +17,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import gnswap
-from gnswap import _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
+from gnswap import _cli_bench, _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
 from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Rebuilt
 from gnswap._convert import healed
 from gnswap._errors import GnswapError, NothingToSwapError
@@ -266,6 +266,7 @@ def export(
 
 
 app.command()(_cli_validate.validate)
+app.command()(_cli_bench.bench)
 
 
 @app.command()

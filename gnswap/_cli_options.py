@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -34,6 +34,11 @@ Rebuilt = Annotated[
 InputShape = Annotated[
     str | None,
     typer.Option("--input", metavar="CxHxW", help="Shape of one input, such as 3x224x224. timm models know theirs."),
+]
+OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What gnswap export wrote.")]
+Provider = Annotated[
+    Literal["cpu", "cuda", "tensorrt"],
+    typer.Option("--provider", help="Where onnxruntime runs it; a fallback to the CPU is an error."),
 ]
 
 

@@ -6,12 +6,12 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import Tensor
 
 _PIPE_WIDTH = 160  # where no terminal says how wide it is, tables must not be folded to 80 columns
@@ -70,6 +70,14 @@ def warnings_as_notes() -> Iterator[None]:
         finally:
             for text in dict.fromkeys(str(warning.message) for warning in caught):
                 note(text)
+
+
+@contextlib.contextmanager
+def bar(text: str) -> Iterator[Callable[[float], object]]:
+    """A progress bar on stderr; what it gives is told which share of the work is done, from 0 to 1."""
+    with Progress(console=stderr(), transient=True) as progress:
+        task = progress.add_task(text, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
 
 
 class Watched:

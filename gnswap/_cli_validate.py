@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -11,17 +11,11 @@ from rich.markup import escape
 
 import gnswap
 from gnswap import _cli_options, _cli_output, _cli_tables
-from gnswap._cli_options import AsJson, Directory, InputShape, Rebuilt
+from gnswap._cli_options import AsJson, Directory, InputShape, OnnxFile, Provider, Rebuilt
 from gnswap._parity import Parity
 from gnswap._photos import PhotoBatches
 
 EXIT_PARITY_FAILED = 4
-
-OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What gnswap export wrote.")]
-Provider = Annotated[
-    Literal["cpu", "cuda", "tensorrt"],
-    typer.Option("--provider", help="Where onnxruntime runs it; a fallback to the CPU is an error."),
-]
 
 
 def validate(

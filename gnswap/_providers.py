@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _ADVICE = {
     "libnv": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_REAL = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -51,7 +52,13 @@ _DTYPES = {
 
 
 def open_session(
-    path: str | os.PathLike[str], provider: str, *, threads: int | None = None, spinning: bool = True
+    path: str | os.PathLike[str],
+    provider: str,
+    *,
+    threads: int | None = None,
+    shared_cores: bool = False,
+    provider_options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` with every node on one provider.
 
@@ -59,7 +66,10 @@ def open_session(
         path: the ONNX file.
         provider: "cpu", "cuda" or "tensorrt".
         threads: of the CPU inside one operator; None leaves it to onnxruntime.
-        spinning: whether idle threads keep a core busy while they wait.
+        shared_cores: idle threads give their cores back between runs instead of waiting busily for the next.
+        provider_options: of onnxruntime's provider, such as ``{"enable_cuda_graph": "1"}``. On CUDA TF32 is off where
+            they do not say otherwise: it has three digits, too few to tell a rounding error from a mistake.
+        profile: beginning of the name of the file that onnxruntime writes its profile to.
 
     Raises:
         ArgumentError: an unknown provider.
@@ -73,10 +83,11 @@ def open_session(
     if not Path(path).is_file():
         raise ArgumentError("no such file", where="path", found=str(path))
     runtime, wanted = require_onnxruntime(), PROVIDERS[provider]
-    options = {"session.intra_op.allow_spinning": "1" if spinning else "0"}
+    options = {"session.force_spinning_stop": "1"} if shared_cores else {}
     if provider != "cpu":
         # the CPU must not be listed as well: onnxruntime calls that a conflict
         options["session.disable_cpu_ep_fallback"] = "1"
+    extra = {**({"use_tf32": "0"} if provider == "cuda" else {}), **(provider_options or {})}
     if wanted not in runtime.get_available_providers():
         raise ProviderError(
             f"this build of onnxruntime has no {wanted}",
@@ -88,7 +99,7 @@ def open_session(
         with _captured(noise):
             if provider != "cpu" and hasattr(runtime, "preload_dlls"):
                 runtime.preload_dlls()  # finds CUDA and cuDNN in the nvidia-* packages that torch brings
-            session = _construct(runtime, path, wanted, options, threads)
+            session = _construct(runtime, path, wanted, options, extra, threads, profile)
     except Exception as error:  # onnxruntime has a dozen exception classes, all direct children of Exception
         _diagnose(runtime, path, provider, error, noise)
     sys.stderr.write("".join(noise))  # a session came of it, so this is no diagnosis of ours
@@ -165,16 +176,24 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _construct(runtime: Any, path: Any, wanted: str, options: dict[str, str], threads: int | None = None) -> Any:
+def _construct(
+    runtime: Any,
+    path: Any,
+    wanted: str,
+    options: Mapping[str, str],
+    provider_options: Mapping[str, str],
+    threads: int | None = None,
+    profile: Path | None = None,
+) -> Any:
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     if threads is not None:
         settings.intra_op_num_threads = threads
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     for key, value in {**options, "session.record_ep_graph_assignment_info": "1"}.items():
         settings.add_session_config_entry(key, value)
-    # TF32 has three digits: too few to tell a rounding error from a mistake
-    provider_options = {"use_tf32": "0"} if wanted == PROVIDERS["cuda"] else {}
-    return runtime.InferenceSession(os.fspath(path), settings, providers=[(wanted, provider_options)])
+    return runtime.InferenceSession(os.fspath(path), settings, providers=[(wanted, dict(provider_options))])
 
 
 def _diagnose(runtime: Any, path: Any, provider: str, error: Exception, noise: list[str]) -> None:
@@ -185,7 +204,7 @@ def _diagnose(runtime: Any, path: Any, provider: str, error: Exception, noise: l
     try:
         # without the flag the session comes into being somewhere, and tells which nodes went where
         with _captured(noise):
-            loose = _construct(runtime, path, PROVIDERS[provider], {})
+            loose = _construct(runtime, path, PROVIDERS[provider], {}, {})
     except Exception:  # as above
         raise _unavailable(provider, reason, noise) from error
     if loose.get_providers()[:1] == [PROVIDERS[provider]]:
@@ -258,7 +277,7 @@ def as_cases(inputs: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> 
 
 
 def fitted(session: Any, case: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One case as a file takes it: fp32 values are rounded to fp16 or bf16 where that is what the file declares.
+    """One case as a file takes it: fp32, fp16 and bf16 become whichever of these the file declares.
 
     Raises:
         ArgumentError: another number of inputs, another shape where an axis is fixed, or another dtype.
@@ -287,7 +306,7 @@ def _fitted(declared: Any, value: Tensor) -> Tensor:
             found="x".join(map(str, value.shape)),
         )
     wanted = _DTYPES.get(declared.type)
-    if value.dtype == torch.float32 and wanted in (torch.float16, torch.bfloat16):
+    if value.dtype in _REAL and wanted in _REAL:
         return value.to(wanted)
     if wanted != value.dtype:
         raise ArgumentError(

@@ -1,16 +1,19 @@
-"""How fast an ONNX file runs, alone and beside another one.
+"""How fast ONNX files run, beside each other.
 
-Why two files are timed in turn and not one after the other: clock speed and other processes change during a
-measurement, and hit neighbours in time alike. The ratio is the median over pairs of neighbours.
+Why in turn and not one after the other: clock speed and other processes change during a measurement, and hit
+neighbours in time alike. Each round runs every file once, in an order drawn anew, and ratios are taken within rounds.
+Why waiting threads sleep between runs: those of one session would spin on the cores that the next one needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +21,10 @@ from torch import Tensor
 from gnswap import _providers
 from gnswap._errors import ArgumentError
 from gnswap._record import Record
+
+Tick = Callable[[float], object]
+
+_LEAST_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Speed(Record):
         batch: size of axis 0 of the first input.
         runs: how many runs were timed.
         p50_ms: median time of a run in milliseconds.
-        p90_ms: time that nine of ten runs stay under.
+        p95_ms: time that 95 % of the runs stay under.
         images_per_second: batch / median time.
     """
 
@@ -38,7 +45,7 @@ class Speed(Record):
     batch: int
     runs: int
     p50_ms: float
-    p90_ms: float
+    p95_ms: float
     images_per_second: float
 
 
@@ -48,7 +55,7 @@ class SpeedRatio(Record):
 
     Attributes:
         subject, baseline: each by itself.
-        ratio: median over the pairs of time(subject) / time(baseline); above 1 the subject is slower.
+        ratio: median over the rounds of time(subject) / time(baseline); above 1 the subject is slower.
         low, high: quartiles of that ratio.
     """
 
@@ -59,31 +66,27 @@ class SpeedRatio(Record):
     high: float
 
 
-def time_onnx(
-    path: str | os.PathLike[str],
-    inputs: Tensor | tuple[Tensor, ...],
-    *,
-    provider: str = "cuda",
-    seconds: float = 2.0,
-    threads: int | None = None,
-) -> Speed:
-    """Time an ONNX file, inputs and outputs bound to the device.
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """A session with its inputs and outputs on the device, ready to run.
 
-    Args:
-        path: the file.
-        inputs: one batch.
-        provider: "cpu", "cuda" or "tensorrt"; every node has to run there.
-        seconds: of measuring, after a warm-up of a third of that; at least 5 runs.
-        threads: of the CPU inside one operator; None leaves it to onnxruntime.
-
-    Raises:
-        ArgumentError: inputs that the file does not take.
-        ProviderError: the provider does not run here, or not every node runs on it.
+    Attributes:
+        path, provider: what runs, and where.
+        session: onnxruntime's.
+        case: the inputs as the file takes them.
+        step: one run; returns when the outputs are there.
     """
-    step, batch = _runner(path, inputs, provider, threads)
-    _repeat([step], seconds / 3)
-    (times,) = _repeat([step], seconds)
-    return _speed(path, provider, batch, times)
+
+    path: str
+    provider: str
+    session: Any
+    case: tuple[Tensor, ...]
+    step: Callable[[], Any]
+
+    @property
+    def batch(self) -> int:
+        """Size of axis 0 of the first input."""
+        return int(self.case[0].shape[0])
 
 
 def compare_speed(
@@ -100,32 +103,53 @@ def compare_speed(
     Args:
         path: the file in question.
         baseline: what it is compared with.
-        inputs, provider, threads: as in `time_onnx`.
-        seconds: of measuring for both together.
+        inputs: one batch.
+        provider: "cpu", "cuda" or "tensorrt"; every node has to run there.
+        seconds: of measuring for both together, after a warm-up of a third of that; at least 5 runs of each.
+        threads: of the CPU inside one operator; None leaves it to onnxruntime.
+
+    Raises:
+        ArgumentError: inputs that a file does not take.
+        ProviderError: the provider does not run here, or not every node runs on it.
     """
-    subject, batch = _runner(path, inputs, provider, threads)
-    other, _ = _runner(baseline, inputs, provider, threads)
-    _repeat([subject, other], seconds / 3)
-    times, baseline_times = _repeat([subject, other], seconds)
-    ratios = [one / two for one, two in zip(times, baseline_times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return SpeedRatio(
-        subject=_speed(path, provider, batch, times),
-        baseline=_speed(baseline, provider, batch, baseline_times),
-        ratio=middle,
-        low=low,
-        high=high,
-    )
+    runners = [runner(one, inputs, provider, threads=threads) for one in (path, baseline)]
+    times = in_turn(runners, seconds)
+    low, middle, high = ratios(*times)
+    subject, other = (_speed(one, its_times) for one, its_times in zip(runners, times, strict=True))
+    return SpeedRatio(subject=subject, baseline=other, ratio=middle, low=low, high=high)
 
 
-def _runner(
-    path: str | os.PathLike[str], inputs: Tensor | tuple[Tensor, ...], provider: str, threads: int | None
-) -> tuple[Callable[[], Any], int]:
+def runner(
+    path: str | os.PathLike[str],
+    inputs: Tensor | tuple[Tensor, ...],
+    provider: str,
+    *,
+    threads: int | None = None,
+    cuda_graph: bool = False,
+    profile: Path | None = None,
+) -> Runner:
+    """Open a file for timing, its inputs and outputs bound to the device.
+
+    Args:
+        path: the file.
+        inputs: one batch.
+        provider, threads: as in `_providers.open_session`. TF32, which CUDA uses unless told otherwise, is left on.
+        cuda_graph: record all kernels of a run once and replay them, which spares the launches ("cuda" only).
+        profile: where onnxruntime writes its profile; `session.end_profiling()` ends it and names the file.
+
+    Raises:
+        ArgumentError: inputs that the file does not take, or several batches.
+        ProviderError: the provider does not run here, or not every node runs on it.
+    """
     cases = _providers.as_cases(inputs)
     if len(cases) != 1:
         raise ArgumentError("timing takes one batch", where="inputs", expected="1 batch", found=f"{len(cases)}")
-    # idle threads that spin would take the cores from the other session
-    session = _providers.open_session(path, provider, threads=threads, spinning=False)
+    options = {"enable_cuda_graph": "1"} if cuda_graph else {}
+    if provider == "cuda":
+        options["use_tf32"] = "1"
+    session = _providers.open_session(
+        path, provider, threads=threads, shared_cores=True, provider_options=options, profile=profile
+    )
     case = _providers.fitted(session, cases[0])
     device = "cpu" if provider == "cpu" else "cuda"
     binding = session.io_binding()
@@ -133,29 +157,55 @@ def _runner(
         binding.bind_ortvalue_input(one.name, _providers.ort_value(value, device))
     for one in session.get_outputs():
         binding.bind_output(one.name, device)
-    return lambda: session.run_with_iobinding(binding), int(cases[0][0].shape[0])
+    if cuda_graph:  # a graph writes to the addresses that it was recorded with
+        session.run_with_iobinding(binding)
+        for one, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(one.name, value)
+    return Runner(os.fspath(path), provider, session, case, lambda: session.run_with_iobinding(binding))
 
 
-def _repeat(steps: Sequence[Callable[[], Any]], seconds: float) -> list[list[float]]:
-    """Times of each step, one after the other in turn, for that long and at least five times."""
-    times: list[list[float]] = [[] for _ in steps]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for step, its_times in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()  # waits for the device
-            its_times.append(time.perf_counter() - start)
-    return times
+def in_turn(runners: Sequence[Runner], seconds: float, tick: Tick | None = None) -> list[list[float]]:
+    """Seconds of each run of each file: rounds of one run of every file, in an order drawn anew for each round.
+
+    Args:
+        runners: what to run.
+        seconds: of measuring, after a warm-up of a third of that; at least 5 rounds.
+        tick: is told after each round which share of the whole time has passed.
+    """
+    shuffle, begin = random.Random(0), time.perf_counter()
+    kept: list[list[float]] = []
+    for phase in (seconds / 3, seconds):
+        kept = [[] for _ in runners]
+        end = time.perf_counter() + phase
+        while time.perf_counter() < end or len(kept[0]) < _LEAST_ROUNDS:
+            for index in shuffle.sample(range(len(runners)), len(runners)):
+                start = time.perf_counter()
+                runners[index].step()
+                kept[index].append(time.perf_counter() - start)
+            if tick is not None:
+                tick(min((time.perf_counter() - begin) / (seconds * 4 / 3), 1.0))
+    return kept
 
 
-def _speed(path: str | os.PathLike[str], provider: str, batch: int, times: list[float]) -> Speed:
-    median = statistics.median(times)
+def ratios(times: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of time / other over the rounds."""
+    low, middle, high = statistics.quantiles([one / two for one, two in zip(times, others, strict=True)], n=4)
+    return low, middle, high
+
+
+def p50_p95(times: Sequence[float]) -> tuple[float, float]:
+    """Median and 95th percentile in milliseconds of times in seconds."""
+    return 1e3 * statistics.median(times), 1e3 * statistics.quantiles(times, n=20, method="inclusive")[-1]
+
+
+def _speed(runner: Runner, times: Sequence[float]) -> Speed:
+    p50, p95 = p50_p95(times)
     return Speed(
-        path=os.fspath(path),
-        provider=provider,
-        batch=batch,
+        path=runner.path,
+        provider=runner.provider,
+        batch=runner.batch,
         runs=len(times),
-        p50_ms=1e3 * median,
-        p90_ms=1e3 * statistics.quantiles(times, n=10)[-1],
-        images_per_second=batch / median,
+        p50_ms=p50,
+        p95_ms=p95,
+        images_per_second=1e3 * runner.batch / p50,
     )

@@ -32,6 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_report.svg",
             "_report.levers",
             "_parity",
+            "_speed",
             "_stress",
             "_onnx_scopes",
             "_pairs",
@@ -39,11 +40,14 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_processes",
         }
     ),
-    frozenset({"ops._aten", "ops._cpu", "_onnx.norm"})
+    frozenset({"ops._aten", "ops._cpu", "_onnx.norm", "_timing", "_peak_memory", "_speed_figure"})
     | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
     | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
     | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
-    frozenset({"ops._op", "ops._direct", "ops"} | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order"}),
+    frozenset(
+        {"ops._op", "ops._direct", "ops"}
+        | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order", "_onnx_profile"}
+    ),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
         | {"_distill"}
@@ -66,7 +70,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_export",
             "_validate",
             "_doctor",
-            "_timing",
+            "_benchmark",
+            "_plain_exports",
             "_source",
             "_weights",
         }
@@ -89,7 +94,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             )
         }
     ),
-    frozenset({"_cli", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
+    frozenset({"_cli", "_cli_bench", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
 )
 SAME_FLOOR = {
     ("ops._reference", "ops._activations"): "the definition of the norm ends with an activation",
@@ -144,6 +149,7 @@ SAME_FLOOR = {
     ("_healer", "_healing"): "its records and its checkpoint",
     ("_heal", "_healer"): "which does the work",
     ("_heal", "_healing"): "what it gives back",
+    ("_benchmark", "_plain_exports"): "what is timed beside the file",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_store", "_report.records"): "a saved network has its report beside it",
     ("_store", "_report.write"): "the same",
@@ -165,6 +171,9 @@ SAME_FLOOR = {
     ("_report.verb", "_report.records"): "the same",
     ("_report.verb", "_report.spread"): "the same",
     ("_report.verb", "_report.write"): "the same",
+    ("_cli", "_cli_bench"): "one of its commands",
+    ("_cli_bench", "_cli_options"): "what several commands share",
+    ("_cli_bench", "__init__"): "it calls the verb by its public name",
     ("_cli", "_cli_options"): "what several commands share",
     ("_cli", "_cli_validate"): "one of its commands",
     ("_cli_validate", "_cli_options"): "what several commands share",

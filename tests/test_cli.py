@@ -26,7 +26,7 @@ from gnswap import _cli_models
 from gnswap._cli import app
 from tests._models import randomise_norms, same_state
 
-VERBS = ("inspect", "convert", "export", "validate", "demo", "doctor")
+VERBS = ("inspect", "convert", "export", "validate", "bench", "demo", "doctor")
 
 # A user's own module, in the directory where the command is run.
 NETS = '''
@@ -479,6 +479,13 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
     assert "1 of 1 norms" in result.stdout
     assert "Every norm that was compared is within its bound" in result.stdout
     assert run(*validate, "--tolerance", "1e-12").exit_code == 4
+
+    bench = ("bench", "out.onnx", "out", "--provider", "cpu", "--model", "nets:small", "--seconds", "0.1")
+    result = run(*bench, "--threads", "1", "--figure", "speed.png")
+    assert result.exit_code == 0, result.stderr
+    for expected in ("original, BatchNorm folded", "GroupNorm as torch exports it", "normalisation", "1.00x"):
+        assert expected in result.stdout
+    assert Path("speed.png").stat().st_size
 
     assert run("convert", "nets:small", "-o", "out", "--groups", "1", "--softness", "0").exit_code == 0
     result = run(*validate, "--json")
