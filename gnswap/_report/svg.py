@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-
 _NOTHING = 1e-6  # below it there is only rounding
 
 
