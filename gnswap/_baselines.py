@@ -31,7 +31,7 @@ def naive_group_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
         >>> naive_group_norm(net, 2)[1]
-        FusedGroupNorm(2, 8, eps=1e-05)
+        FusedGroupNorm(2, 8, eps=1e-05, backend=...)
     """
     return _replaced(model, num_groups, copy_affine=True)
 
@@ -51,7 +51,7 @@ def fresh_group_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
         >>> fresh_group_norm(net, 3)[1]
-        FusedGroupNorm(2, 8, eps=1e-05)
+        FusedGroupNorm(2, 8, eps=1e-05, backend=...)
     """
     return _replaced(model, num_groups, copy_affine=False)
 

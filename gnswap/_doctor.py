@@ -67,7 +67,8 @@ def _kernel(device: str) -> Finding:
     backend = choose_backend(device, torch.float32)
     library = _cpu_library.library() if backend.name == "cpp" else None
     if isinstance(library, _cpu_library.Library):
-        return Finding(device, "cpp", f"{library.isa}, compiled by {library.compiler}, {library.path}")
+        slow = f"; small calls are slow: {library.eager}" if isinstance(library.eager, str) else ""
+        return Finding(device, "cpp", f"{library.isa}, compiled by {library.compiler}, {library.path}{slow}")
     return Finding(device, backend.name, backend.reason)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gnswap import ops
 from gnswap._errors import ArgumentError
 from gnswap.ops._activations import activate
+from gnswap.ops._backend import backend_label
 
 # What a BatchNorm has and a GroupNorm cannot have; code that asks for it wants to fold the norm into a conv.
 _BATCHNORM_STATE = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
@@ -192,7 +193,7 @@ class FusedGroupNorm(nn.Module):
         return weight, bias
 
     def extra_repr(self) -> str:
-        """The arguments that make this layer, and which per-channel buffers are set."""
+        """The arguments that make this layer, which per-channel buffers are set, and what computes it where it is."""
         parts = [f"{self.num_groups}, {self.num_channels}, eps={self.eps:g}"]
         if not self.affine:
             parts.append("affine=False")
@@ -207,6 +208,8 @@ class FusedGroupNorm(nn.Module):
             for name in ("channel_scale", "channel_order", "channel_correction")
             if getattr(self, name) is not None
         ]
+        tensor = next((t for t in (self.weight, self.bias, self.channel_scale) if t is not None), torch.empty(0))
+        parts.append(f"backend={backend_label(tensor.device.type, tensor.dtype)}")
         return ", ".join(parts)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm.layers
@@ -16,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from gnswap import ops
 from gnswap._errors import ArgumentError
 from gnswap._layer import FusedGroupNorm
+from gnswap.ops import _cpu_library
 
 
 def standardised(num_groups: int = 2, *, softness: float = 0.0, **keywords: object) -> FusedGroupNorm:
@@ -318,10 +320,20 @@ def test_pitfall_22_sync_and_freeze_leave_it_alone() -> None:
 
 
 def test_repr_says_what_the_layer_is() -> None:
-    assert "(2, 6, eps=1e-05)" in repr(FusedGroupNorm(2, 6))
+    assert "(2, 6, eps=1e-05, backend=" in repr(FusedGroupNorm(2, 6))
     text = standardised(softness=0.5, act="relu", bias=False).extra_repr()
-    assert text == "2, 6, eps=1e-05, bias=False, act=relu, softness=0.5, scale, order"
+    assert text.startswith("2, 6, eps=1e-05, bias=False, act=relu, softness=0.5, scale, order, backend=")
     assert "affine=False" in repr(FusedGroupNorm(2, 6, affine=False))
+
+
+def test_repr_names_the_backend_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu_library, "_load", lambda: pytest.fail("the kernels were loaded"))
+    library = _cpu_library.Library(Path("kernels.so"), "avx2", "GCC", "no module")
+    states = {"cpp, not loaded yet": None, "cpp avx2": library, "aten": "no compiler"}
+    for label, state in states.items():
+        monkeypatch.setattr(_cpu_library, "_state", state)
+        assert repr(FusedGroupNorm(2, 6)).endswith(f"backend={label})")
+    assert "backend=reference)" in repr(FusedGroupNorm(2, 6, device="meta"))
 
 
 # ---------------------------------------------------------------- errors

@@ -6,47 +6,37 @@
 What a GPU would tell later (bandwidth, launch time) is not known here. What the compiler tells is: registers, the
 stack (a spill is a stack frame, or a local load or store in the machine code), shared memory, the width of every
 global load, and whether any floating point operation is done in a half type. One wrong entry makes the exit code 1.
+
+A full run takes half an hour on one core. What the compiler said is stored as it comes, so an interrupted run goes on
+where it stopped, and only kernels whose source or sizes have changed are compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import hashlib
 import json
 import platform
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from _aot_compile import Facts, Launch, facts_of, source_version, specialised
+from _report import RESULTS, Rows
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gnswap.ops._triton import _launch
 from gnswap.ops._triton._config import Machine
 
-RESULTS = Path(__file__).parent / "results"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MACHINES = {80: Machine(108, 80), 90: Machine(132, 90)}  # A100, H100
 REGISTERS_OF_AN_SM = 65536
 MOST_REGISTERS, MOST_SHARED = 255, 48 * 1024
 # What streams through a kernel: tensors with the elements of x
 READS, WRITES = ("x", "dy", "residual"), ("y", "dx", "dresidual")
-TRITON_TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
 
 
 @dataclass(frozen=True)
@@ -78,16 +68,6 @@ class Case:
             return first and self.channels * self.dtype.itemsize % 16 == 0
         row = self.height * self.width * (d if regime == "flat" else 1)
         return row * self.dtype.itemsize % 16 == 0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch that a case leads to."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    num_warps: int
-    num_ctas: int
 
 
 @dataclass(frozen=True)
@@ -141,100 +121,26 @@ def launches(case: Case) -> tuple[str, list[Launch]]:
     return call.config.regime, recorded
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes as triton's just-in-time compiler would derive them from the arguments."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    aligned = [["tt.divisibility", 16]]
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature[name] = TRITON_TYPES[value.dtype]
-            attributes[(index,)] = aligned
-        elif parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and specialise:
-                attributes[(index,)] = aligned
-    return signature, constants, attributes
-
-
-def compiled(launch: Launch, arch: int) -> Any:
-    """The kernel, compiled for `arch`."""
-    signature, constants, attributes = specialised(launch)
-    options = {"num_warps": launch.num_warps, "num_ctas": launch.num_ctas}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def machine_code(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and disassembly of a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-        listing = _tool("nvdisasm", str(path))
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return numbers, listing
-
-
-def half_arithmetic(ttir: str) -> list[str]:
-    """Floating point operations that are done in fp16 or bf16, conversions aside."""
-    found = re.findall(r"(arith\.(?:addf|subf|mulf|divf)|math\.\w+)[^\n]*:\s*(?:tensor<[\dx]*)?(b?f16)\b", ttir)
-    return [f"{operation} in {dtype}" for operation, dtype in found]
-
-
-def wide_loads(listing: str) -> dict[int, int]:
-    """How many global loads of each width in bytes the machine code has."""
-    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    found = re.findall(r"\bLDG\.E((?:\.\w+)*)", listing)
-    return dict(
-        collections.Counter(next((widths[part] for part in suffix.split(".") if part in widths), 4) for suffix in found)
-    )
-
-
-def _not_compiled(case: Case, regime: str, launch: Launch, error: Exception) -> Row:
-    fault = f"does not compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    dtype = str(case.dtype).removeprefix("torch.")
-    sizes = (launch.num_warps, launch.num_ctas, 0, 0, 0, 0, 0, 0)
-    return Row(str(case), regime, launch.kernel.__name__, case.arch, dtype, "", *sizes, (fault,))
-
-
-def check(case: Case, regime: str, launch: Launch, all_launches: list[Launch]) -> Row:
-    """Compile one launch of a case and hold it to the rules."""
-    try:
-        kernel = compiled(launch, case.arch)
-    except Exception as error:  # triton raises several types, and each is a kernel that a user would not get
-        return _not_compiled(case, regime, launch, error)
-    usage, listing = machine_code(kernel.asm["cubin"])
-    constants = launch.arguments
+def check(case: Case, regime: str, launch: Launch, all_launches: list[Launch], facts: Facts | None = None) -> Row:
+    """Hold one launch of a case to the rules; compile it unless `facts` are known already."""
+    facts = facts or facts_of(launch, case.arch)
+    constants, loads = launch.arguments, dict(facts.loads)
     streams = [name for name in READS if constants.get(name) is not None]
-    loads = wide_loads(listing)
     sides = [value for name in ("BLOCK_S", "BLOCK_D", "BLOCK_C", "K", "LANES") if (value := constants.get(name))]
     elements = 1
     for side in sides:
         elements *= side
     threads = launch.num_warps * launch.num_ctas * 32
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", listing))
 
-    faults = half_arithmetic(kernel.asm["ttir"])
-    if usage["STACK"] or spills:
-        faults.append(f"spills: stack {usage['STACK']} bytes, {spills} local accesses")
-    if usage["REG"] > MOST_REGISTERS or usage["REG"] * launch.num_warps * 32 > REGISTERS_OF_AN_SM:
-        faults.append(f"{usage['REG']} registers for {launch.num_warps} warps")
-    if kernel.metadata.shared > MOST_SHARED:
-        faults.append(f"{kernel.metadata.shared} bytes of shared memory")
+    faults = [facts.error] if facts.error else list(facts.half)
+    if facts.stack or facts.spills:
+        faults.append(f"spills: stack {facts.stack} bytes, {facts.spills} local accesses")
+    if facts.registers > MOST_REGISTERS or facts.registers * launch.num_warps * 32 > REGISTERS_OF_AN_SM:
+        faults.append(f"{facts.registers} registers for {launch.num_warps} warps")
+    if facts.shared > MOST_SHARED:
+        faults.append(f"{facts.shared} bytes of shared memory")
     width = 0
-    if streams:
+    if streams and not facts.error:
         # As many 16-byte loads as it takes to read a block of every stream, where a thread has 16 bytes of it. The
         # compiler drops those of channels that no group has.
         d, rows = constants.get("D", 1), constants.get("BLOCK_D", constants.get("LANES", 1))
@@ -254,9 +160,9 @@ def check(case: Case, regime: str, launch: Launch, all_launches: list[Launch]) -
         block="x".join(map(str, sides)),
         warps=launch.num_warps,
         ctas=launch.num_ctas,
-        registers=usage["REG"],
-        spills=spills,
-        shared=kernel.metadata.shared,
+        registers=facts.registers,
+        spills=facts.spills,
+        shared=facts.shared,
         bytes_per_load=width,
         accesses=accesses,
         floor=len(distinct),
@@ -276,6 +182,8 @@ LARGE = [
     (2048, 7, 7, 1),
     (1024, 32, 32, 16),
 ]
+# odd numbers of positions
+LARGE += [(512, 30, 30, 32), (512, 45, 45, 32), (1024, 15, 15, 32), (256, 45, 45, 32)]
 # where registers are short
 LARGEST_TILES = [(256, 56, 56, 32), (512, 28, 28, 32), (1024, 14, 14, 32), (2048, 7, 7, 32)]
 
@@ -307,30 +215,36 @@ def quick_cases() -> list[Case]:
     ] + [Case(1024, 14, 14), Case(256, 100, 152, arch=80)]
 
 
-def gate(cases: Iterable[Case], progress: Any = None) -> list[Row]:
-    """Compile every distinct kernel of the cases."""
+def gate(cases: Iterable[Case], progress: Any = None, stored: Rows | None = None) -> list[Row]:
+    """Judge every distinct kernel of the cases, compiling those that are not `stored`."""
     rows: list[Row] = []
     seen: set[str] = set()
     for case in cases:
         regime, recorded = launches(case)
         for launch in recorded:
-            key = f"{launch.kernel.__name__} {specialised(launch)} {launch.num_warps} {launch.num_ctas} {case.arch}"
-            if key not in seen:
-                seen.add(key)
-                rows.append(check(case, regime, launch, recorded))
-                if progress:
-                    progress(rows[-1])
+            sizes = f"{launch.kernel.__name__} {specialised(launch)} {launch.num_warps} {launch.num_ctas} {case.arch}"
+            if sizes in seen:
+                continue
+            seen.add(sizes)
+            facts, key = None, hashlib.sha256(sizes.encode()).hexdigest()[:16]
+            if stored is not None:
+                if key not in stored:
+                    stored.add(key, {"facts": asdict(facts_of(launch, case.arch))})
+                facts = Facts(**stored.rows[key]["facts"])
+            rows.append(check(case, regime, launch, recorded, facts))
+            if progress:
+                progress(rows[-1])
     return rows
 
 
-def table(rows: list[Row], seconds: float) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as Markdown, with what made them."""
     faulty = [row for row in rows if row.faults]
     lines = [
         "# Ahead-of-time gate of the Triton kernels",
         "",
         f"`python examples/benchmarks/aot_gate.py`, {time.strftime('%Y-%m-%d')}, triton {triton.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, no GPU, {seconds:.0f} s.",
+        f"torch {torch.__version__}, Python {platform.python_version()}, no GPU.",
         "",
         f"{len(rows)} kernels, {len(faulty)} with a fault. Registers are per thread; spills are local loads and stores",
         "in the machine code; bytes per load is the width of the loads that stream x, dy and residual; accesses are",
@@ -351,7 +265,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one case a regime; writes nothing")
     arguments = parser.parse_args()
-    started = time.perf_counter()
 
     def progress(row: Row) -> None:
         print(
@@ -359,10 +272,11 @@ def main() -> int:
             flush=True,
         )
 
-    rows = gate(quick_cases() if arguments.quick else all_cases(), progress)
+    stored = None if arguments.quick else Rows(RESULTS / "aot_gate.rows.jsonl", source_version())
+    rows = gate(quick_cases() if arguments.quick else all_cases(), progress, stored)
     faulty = sum(bool(row.faults) for row in rows)
     if not arguments.quick:
-        text = table(rows, time.perf_counter() - started)
+        text = table(rows)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "aot_gate.md").write_text(text)
         versions = {"triton": triton.__version__, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

@@ -1,11 +1,13 @@
 """The C++ kernels against the best that eager torch can do on the CPU, and whole training steps.
 
-    python examples/benchmarks/kernels.py            # writes results/kernels.{md,json}; some ten minutes
+    python examples/benchmarks/kernels.py            # writes results/kernels.{md,json}; under ten minutes
 
 GroupNorm + activation on every feature map of ResNet-50 (ReLU, 32 groups) and EfficientNet-Lite0 (ReLU6, 8 groups) at
 224 px, N in 1, 2, 8, contiguous and channels_last, forward (inference) and forward + backward. The opponent is the
 fastest eager form of each row: `F.group_norm` and the activation in place, for channels_last also with a way through
-contiguous. Every row is checked against fp64 first; then all contenders take turns, and a ratio is the median of the
+contiguous. Starting autograd's engine takes longer than both directions of a small norm, and a network starts it once
+for all its norms: so forward + backward runs several norms of the row's shape, on tensors of their own, through one
+backward. Every row is checked against fp64 first; then all contenders take turns, and a ratio is the median of the
 ratios within the turns, so that what else the machine does hits both sides. Everything runs twice: with the system's
 allocator, and with one that keeps large blocks (glibc gives them back to the kernel after each call, and eager torch,
 which allocates more often, pays more for that).
@@ -53,7 +55,10 @@ TARGETS = {
     ("forward + backward", "NCHW"): 1.7,
     ("forward + backward", "NHWC"): 2.5,
 }
-TURNS, SECONDS = 15, 0.12
+# turns of a row, and the seconds that all its turns may take
+TURNS, SECONDS = (5, 15), 0.35
+# Norms that share one backward: as many as have this many elements together
+ELEMENTS, MOST_NORMS = 2_000_000, 8
 
 
 @dataclass(frozen=True)
@@ -98,51 +103,67 @@ class Contenders:
         rng = torch.Generator().manual_seed(0)
         shape = (problem.batch, problem.channels, problem.side, problem.side)
         self.problem, self.format = problem, LAYOUTS[problem.layout]
-        train = problem.direction != "forward"
-        self.x = torch.randn(shape, generator=rng).contiguous(memory_format=self.format).requires_grad_(train)
-        self.weight = torch.randn(problem.channels, generator=rng).requires_grad_(train)
-        self.bias = torch.randn(problem.channels, generator=rng).requires_grad_(train)
-        self.dy = torch.randn(shape, generator=rng).contiguous(memory_format=self.format)
+        self.train = problem.direction != "forward"
+        elements = problem.batch * problem.channels * problem.side**2
+        count = max(1, min(MOST_NORMS, ELEMENTS // elements)) if self.train else 1
+
+        def feature_map() -> Tensor:
+            return torch.randn(shape, generator=rng).contiguous(memory_format=self.format)
+
+        self.inputs = [
+            [
+                t.requires_grad_(self.train)
+                for t in (
+                    feature_map(),
+                    torch.randn(problem.channels, generator=rng),
+                    torch.randn(problem.channels, generator=rng),
+                )
+            ]
+            for _ in range(count)
+        ]
+        self.leaves = [t for inputs in self.inputs for t in inputs]
+        self.dy = feature_map()
         self.target = torch.empty_like(self.dy)
 
     def act_(self, y: Tensor) -> Tensor:
         return torch.relu_(y) if self.problem.act == "relu" else F.hardtanh_(y, 0.0, 6.0)
 
-    def gnswap(self) -> Tensor:
-        return ops.group_norm(self.x, self.problem.groups, self.weight, self.bias, act=self.problem.act)
+    def gnswap(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.group_norm(x, self.problem.groups, weight, bias, act=self.problem.act)
 
-    def eager(self) -> Tensor:
-        return self.act_(F.group_norm(self.x, self.problem.groups, self.weight, self.bias))
+    def eager(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.act_(F.group_norm(x, self.problem.groups, weight, bias))
 
-    def eager_through_contiguous(self) -> Tensor:
-        y = F.group_norm(self.x.contiguous(), self.problem.groups, self.weight, self.bias)
+    def eager_through_contiguous(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.group_norm(x.contiguous(), self.problem.groups, weight, bias)
         return self.act_(y).contiguous(memory_format=self.format)
+
+    def both_directions(self, forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        outputs = [forward(*inputs) for inputs in self.inputs]
+        return torch.autograd.grad(outputs, self.leaves, [self.dy] * len(outputs))
 
     def copy(self) -> None:
         self.target.copy_(self.dy)
 
     def calls(self) -> dict[str, Callable[[], Any]]:
         """What takes turns; everything but the copy with its backward, where that is asked for."""
-        forward: dict[str, Callable[[], Tensor]] = {"gnswap": self.gnswap, "eager": self.eager}
+        forward: dict[str, Callable[..., Tensor]] = {"gnswap": self.gnswap, "eager": self.eager}
         if self.problem.layout == "NHWC":
             forward["eager through contiguous"] = self.eager_through_contiguous
-        if self.problem.direction == "forward":
-            return {**forward, "copy": self.copy}
-        inputs = (self.x, self.weight, self.bias)
-        calls: dict[str, Callable[[], Any]] = {
-            name: lambda call=call: torch.autograd.grad(call(), inputs, self.dy) for name, call in forward.items()
-        }
-        return {**calls, "copy": self.copy}
+        if self.train:
+            return {name: lambda call=call: self.both_directions(call) for name, call in forward.items()}
+        return {**{name: lambda call=call: call(*self.inputs[0]) for name, call in forward.items()}, "copy": self.copy}
 
     def check(self) -> None:
         """Fail unless our result and gradients are as near to fp64 as a few roundings."""
-        leaves = [t.detach().double().requires_grad_() for t in (self.x, self.weight, self.bias)]
+        first = self.inputs[0]
+        leaves = [t.detach().double().requires_grad_(self.train) for t in first]
         z = F.group_norm(leaves[0], self.problem.groups, leaves[1], leaves[2])
         exact = [torch.relu(z) if self.problem.act == "relu" else F.relu6(z)]
-        ours = [self.gnswap()]
-        if self.problem.direction != "forward":
+        ours = [self.gnswap(*first)]
+        if self.train:
             exact += torch.autograd.grad(exact[0], leaves, self.dy.double())
-            ours += torch.autograd.grad(ours[0], (self.x, self.weight, self.bias), self.dy)
+            ours += torch.autograd.grad(ours[0], first, self.dy)
             # at a kink of the activation a rounding decides whether a gradient passes
             near = (z.abs() < 1e-5) | ((z - 6).abs() < 1e-5)
             allowance = float((self.dy.double() * near).abs().sum()) * 4
@@ -153,16 +174,18 @@ class Contenders:
                 raise SystemExit(f"{self.problem.key}: wrong result {index}, error {error:.2g}")
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call in each turn; short calls are repeated within a turn."""
-    repeats = {}
+def take_turns(calls: dict[str, Callable[[], Any]], turns: tuple[int, int], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call in each turn; short calls are repeated within a turn, long ones take fewer turns."""
+    once = {}
     for name, call in calls.items():
         call()
         start = time.perf_counter()
         call()
-        repeats[name] = max(1, min(200, int(seconds / turns / max(time.perf_counter() - start, 1e-6))))
+        once[name] = max(time.perf_counter() - start, 1e-6)
+    count = max(turns[0], min(turns[1], int(seconds / sum(once.values()))))
+    repeats = {name: max(1, min(200, int(seconds / len(calls) / count / once[name]))) for name in calls}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
+    for _ in range(count):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -172,17 +195,22 @@ def take_turns(calls: dict[str, Callable[[], Any]], turns: int, seconds: float) 
 
 
 def measure(problem: Problem) -> dict[str, Any]:
-    """One row: the best eager form, and the ratios to it and to a copy."""
+    """One row: the best eager form, and the ratios to it and (forward) to a copy."""
     contenders = Contenders(problem)
     contenders.check()
-    with torch.set_grad_enabled(problem.direction != "forward"):
+    with torch.set_grad_enabled(contenders.train):
         times = take_turns(contenders.calls(), TURNS, SECONDS)
     best = min((name for name in times if name.startswith("eager")), key=lambda name: statistics.median(times[name]))
+
+    def ratio(one: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
     return {
         "eager_form": best,
+        "norms": len(contenders.inputs),
         "milliseconds": {name: min(values) for name, values in times.items()},
-        "speedup": statistics.median(e / g for e, g in zip(times[best], times["gnswap"], strict=True)),
-        "over_copy": statistics.median(g / c for g, c in zip(times["gnswap"], times["copy"], strict=True)),
+        "speedup": ratio(best, "gnswap"),
+        "over_copy": None if contenders.train else ratio("gnswap", "copy"),
     }
 
 
@@ -220,7 +248,7 @@ def measure_step(layout: str) -> dict[str, Any]:
             optimizer.step()
 
         calls[name] = step
-    times = take_turns(calls, 12, 0.0)
+    times = take_turns(calls, (8, 8), 0.0)
     pairs = {name: zip(values, times["gnswap"], strict=True) for name, values in times.items() if name != "gnswap"}
     return {
         "milliseconds": {name: min(values) for name, values in times.items()},

@@ -90,6 +90,7 @@ class BackendReport(Record):
         path: the compiled library, where the C++ kernels run.
         isa: the instruction set they chose: `"avx512"`, `"avx2"` or `"generic"`.
         compiler: what compiled them.
+        autograd: `"c++"`, or why small calls are slower than they could be (csrc/eager.cpp could not be compiled).
     """
 
     device: str
@@ -99,6 +100,26 @@ class BackendReport(Record):
     path: str | None = None
     isa: str | None = None
     compiler: str | None = None
+    autograd: str | None = None
+
+
+def backend_label(device_type: str, dtype: torch.dtype) -> str:
+    """A few words for what computes the norm, at once: nothing is loaded or compiled to know.
+
+    Args:
+        device_type: `tensor.device.type`.
+        dtype: dtype of the input.
+
+    Example:
+        >>> backend_label("mps", torch.float32)
+        'reference'
+    """
+    if device_type != "cpu" or dtype not in DTYPES:
+        return choose_backend(device_type, dtype).name
+    kernels = _cpu_library.loaded()
+    if kernels is None:
+        return "cpp, not loaded yet"
+    return "aten" if isinstance(kernels, str) else f"cpp {kernels.isa}"
 
 
 def backend_report(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> BackendReport:
@@ -117,4 +138,5 @@ def backend_report(device_type: str = "cpu", dtype: torch.dtype = torch.float32)
     kernels = _cpu_library.library() if name == "cpp" else None
     if isinstance(kernels, _cpu_library.Library):
         report |= {"path": str(kernels.path), "isa": kernels.isa, "compiler": kernels.compiler}
+        report["autograd"] = kernels.eager if isinstance(kernels.eager, str) else "c++"
     return BackendReport(**report)

@@ -5,6 +5,9 @@ set of sources serves every platform that has a compiler. The library uses torch
 compiled once serves every Python and every torch from 2.10 on. Why all instruction sets in one file, chosen when it
 is loaded: a home directory may be shared by machines that differ.
 
+A second, small library is the short way in for eager calls (csrc/eager.cpp). It alone is made for one version of torch
+and Python, and whatever keeps it from being compiled costs speed only.
+
 Nothing happens at import. Without a compiler everything works, on ATen, and one log line says so.
 """
 
@@ -13,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import platform
@@ -20,17 +25,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden"]
-_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+_TORCH = Path(torch.__file__).parent
+_SHARED_FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+_FLAGS = [*_SHARED_FLAGS, "-std=c++17", "-ftree-vectorize", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # No -ffast-math anywhere: with it GCC before 13 links code that flushes subnormal numbers in the whole process.
 _FMA = ["-mavx2", "-mfma", "-mf16c"]
 _ISA_FLAGS = {
@@ -38,17 +47,27 @@ _ISA_FLAGS = {
     "avx2": _FMA,
     "avx512": [*_FMA, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
+_EAGER_FLAGS = [*_SHARED_FLAGS, "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+_EAGER_MODULE = "gnswap_eager"
 _COMPILE_SECONDS = 600.0
 _log = logging.getLogger("gnswap")
 
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded library: its file, the instruction set it chose, and the compiler that made it."""
+    """The loaded library.
+
+    Attributes:
+        path: its file.
+        isa: the instruction set it chose.
+        compiler: what made it.
+        eager: the module of csrc/eager.cpp, or why there is none.
+    """
 
     path: Path
     isa: str
     compiler: str
+    eager: Any | str
 
 
 class _CannotBuildError(Exception):
@@ -74,6 +93,11 @@ def library() -> Library | str:
     return _state
 
 
+def loaded() -> Library | str | None:
+    """What `library` found; None where nothing has asked yet. Loads nothing."""
+    return _state
+
+
 def _load() -> Library | str:
     switch = os.environ.get("GNSWAP_CPU_KERNEL")
     if switch in ("0", "off"):
@@ -93,17 +117,43 @@ def _described(path: Path) -> Library:
     wanted = os.environ.get("GNSWAP_CPU_ISA")
     if wanted and not functions.gnswap_cpu_use_isa(wanted.encode()):
         raise _CannotBuildError(f"GNSWAP_CPU_ISA={wanted} is not an instruction set of this machine")
-    return Library(path, functions.gnswap_cpu_isa().decode(), functions.gnswap_cpu_compiler().decode())
+    isa, compiler = functions.gnswap_cpu_isa().decode(), functions.gnswap_cpu_compiler().decode()
+    return Library(path, isa, compiler, _eager(functions))
+
+
+def _eager(functions: ctypes.CDLL) -> Any | str:
+    try:
+        loader = importlib.machinery.ExtensionFileLoader(_EAGER_MODULE, str(_built_eager()))
+        spec = importlib.util.spec_from_loader(_EAGER_MODULE, loader)
+        assert spec is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except (_CannotBuildError, ImportError) as error:
+        _log.info("small GroupNorm calls are slower than they could be: %s", error)
+        return str(error)
+    module.kernels = ctypes.cast(functions.gnswap_cpu_kernels, ctypes.c_void_p).value
+    return module
 
 
 def _built() -> Path:
-    """The library's file in the cache, compiled if it is not there yet."""
-    sources = sorted(_SOURCES.iterdir())
-    digest = hashlib.sha256(repr((_FLAGS, _ISA_FLAGS, platform.machine(), sys.platform)).encode())
-    for source in sources:
+    """The kernels' file in the cache, compiled if it is not there yet."""
+    sources = [path for path in _SOURCES.iterdir() if path.name != "eager.cpp"]
+    return _in_cache("gnswap_cpu", sources, (_FLAGS, _ISA_FLAGS), _compile)
+
+
+def _built_eager() -> Path:
+    """The same for the short way in, for this Python and this torch."""
+    sources = [_SOURCES / name for name in ("eager.cpp", "tensors.h", "problem.h")]
+    made_for = (_EAGER_FLAGS, torch.__version__, sysconfig.get_config_var("SOABI"))
+    return _in_cache(_EAGER_MODULE, sources, made_for, _compile_eager)
+
+
+def _in_cache(name: str, sources: list[Path], made_for: Any, compile_: Callable[[list[str], Path], Path]) -> Path:
+    digest = hashlib.sha256(repr((made_for, platform.machine(), sys.platform)).encode())
+    for source in sorted(sources):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gnswap"
-    path = directory / f"gnswap_cpu-{digest.hexdigest()[:16]}.so"
+    path = directory / f"{name}-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
     compiler = _compiler()
@@ -113,7 +163,7 @@ def _built() -> Path:
             if not path.exists():  # another process may have been first
                 _log.info("compiling the C++ GroupNorm kernels with %s, once, into %s", compiler[0], path)
                 with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as build:
-                    _compile(compiler, Path(build)).replace(path)
+                    compile_(compiler, Path(build)).replace(path)
     except OSError as error:
         raise _CannotBuildError(f"cannot write the cache directory {directory}: {error}") from error
     return path
@@ -144,9 +194,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: list[str], build: Path) -> Path:
-    torch_directory = Path(torch.__file__).parent
     isas = list(_ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
-    jobs = [["op.cpp", "-I", str(torch_directory / "include"), "-fvisibility-inlines-hidden"]]
+    jobs = [["op.cpp", "-I", str(_TORCH / "include")]]
     jobs += [["kernels.cpp", f"-DGNSWAP_ISA={isa}", *_ISA_FLAGS[isa]] for isa in isas]
     objects = [str(build / f"{index}.o") for index in range(len(jobs))]
     _run_all(
@@ -155,11 +204,23 @@ def _compile(compiler: list[str], build: Path) -> Path:
             for job, target in zip(jobs, objects, strict=True)
         ]
     )
+    return _linked(compiler, objects, build, "torch_cpu", "torch")
+
+
+def _compile_eager(compiler: list[str], build: Path) -> Path:
+    include = _TORCH / "include"
+    directories = [include, include / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    places = [part for directory in directories for part in ("-I", str(directory))]
+    target = str(build / "eager.o")
+    _run_all([[*compiler, *_EAGER_FLAGS, *places, "-c", str(_SOURCES / "eager.cpp"), "-o", target]])
+    return _linked(compiler, [target], build, "torch_python", "torch_cpu", "torch", "c10")
+
+
+def _linked(compiler: list[str], objects: list[str], build: Path, *libraries: str) -> Path:
     result = build / "library.so"
     # the libraries of torch are in the process already and are found by name
-    libraries = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-ltorch"]
-    link = ["-shared", *objects, "-L", str(torch_directory / "lib"), *libraries]
-    _run_all([[*compiler, *link, "-o", str(result)]])
+    names = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-l{name}" for name in libraries]
+    _run_all([[*compiler, "-shared", *objects, "-L", str(_TORCH / "lib"), *names, "-o", str(result)]])
     return result
 
 

@@ -2,20 +2,22 @@
 
 Why: a registered Python op costs 30 µs a call and ten times that with its autograd, which is more than the norm of a
 small feature map takes. Where nothing watches the call (no compiler, tracer, dispatch mode, functorch transform or
-tensor subclass), the kernel and one autograd.Function give the same bits in the time that torch's own norm needs.
-Everything else goes to the registered op.
+tensor subclass), csrc/eager.cpp gives the same bits in less than the time that torch's own norm needs; where that could
+not be compiled, and on CUDA, one autograd.Function does. Everything else goes to the registered op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from gnswap.ops import _cpu, _op
+from gnswap.ops import _cpu, _cpu_library, _op
+from gnswap.ops._activations import ACTIVATIONS
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -26,9 +28,13 @@ def group_norm(x: Tensor, *args: Any) -> Tensor | None:
     Every wrong argument gives None too: the kernels notice, and the op's own check says what is wrong. Only on CUDA
     they would not, so there the arguments are checked first.
     """
-    if torch.compiler.is_compiling() or not _unwatched(x):
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return None
     backend = _op.backend_of(x)
+    if backend == "cpp" and (eager := _eager()) is not None:
+        return eager(x, *args)
+    if not _unwatched(x):
+        return None
     if backend == "triton":
         return _on_cuda(x, *args)
     if backend != "cpp":
@@ -40,6 +46,46 @@ def group_norm(x: Tensor, *args: Any) -> Tensor | None:
         return _cpu.kernel(x, *args)[0]
     except (RuntimeError, KeyError, TypeError):
         return None
+
+
+def _eager() -> Callable[..., Tensor | None] | None:
+    """The compiled way in, or None; the first call of a process loads it."""
+    kernels = _cpu_library.library()
+    if isinstance(kernels, str) or isinstance(kernels.eager, str):
+        return None
+    if kernels.eager.kernels:  # not connected yet
+        kernels.eager.connect(kernels.eager.kernels, ACTIVATIONS, _eager_backward)
+        kernels.eager.kernels = None
+    function: Callable[..., Tensor | None] = kernels.eager.group_norm
+    return function
+
+
+def _eager_backward(
+    dy: Tensor,
+    saved: tuple[Any, ...],
+    num_groups: int,
+    eps: float,
+    act: int,
+    residual: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The backward of the compiled way in where it is watched, differentiated again, or asked for rare gradients."""
+    x, statistics, *vectors = saved
+    mean, rstd = statistics.view(2, len(x), num_groups)
+    need_x, need_weight, need_bias, need_residual, need_scale, need_shift = needs
+    ctx = SimpleNamespace(
+        saved_tensors=(x, mean, rstd, *vectors),
+        needs_input_grad=(
+            *(need_x, False, need_weight, need_bias, False, False),
+            *(need_residual, need_scale, need_shift, False),
+        ),
+        num_groups=num_groups,
+        eps=eps,
+        act=ACTIVATIONS[act - 1] if act else None,
+        residual_dtype=x.dtype if residual else None,
+    )
+    dx, _, dweight, dbias, _, _, dresidual, dscale, dshift, _ = _op.backward(ctx, dy)
+    return dx, dweight, dbias, dresidual, dscale, dshift
 
 
 def _on_cuda(x: Tensor, *args: Any) -> Tensor | None:

@@ -91,7 +91,7 @@ def test_a_split_is_counted_over_both_passes() -> None:
 
 
 def test_the_table_says_how_it_was_made_and_what_is_wrong() -> None:
-    text = aot_gate.table([judged(adds_in_half, 1024)], 1.0)
+    text = aot_gate.table([judged(adds_in_half, 1024)])
     assert "python examples/benchmarks/aot_gate.py" in text
     assert "1 kernels, 1 with a fault" in text
     assert "arith.addf in f16" in text

@@ -339,4 +339,5 @@ def test_the_report_says_what_runs() -> None:
     assert report.path is not None
     assert Path(report.path).exists()
     assert report.compiler
+    assert report.autograd
     assert ops.BackendReport.from_json(report.to_json()) == report

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 # Elements that 16 warps hold in registers without spilling: one tensor forward, two backward; half of it where a
-# residual in fp32 or the function of the activation takes registers too.
+# residual in fp32 or the function of the activation takes registers too, and where odd rows are loaded one by one.
 _CAPACITY = {False: 32768, True: 16384}
 _HEAVY = {False: ("gelu",), True: ("silu", "gelu", "hardswish")}
 # In channels_last a thread holds the factors of its channels besides.
 _CAPACITY_CHANNELS_LAST = 16384
 # A flat tile keeps the factors of every element, and its backward scans three of its size for the channels' sums.
-_CAPACITY_FLAT_BACKWARD = 4096
+_CAPACITY_FLAT = {False: 8192, True: 4096}
+_MOST_COLUMNS = 16384
 # What a warp should have: fewer warps make a reduction cheaper, more keep more loads in flight.
 _ELEMENTS_PER_WARP = 1024
 # One block of a streaming kernel, 4 warps with 16 elements a thread, and the chunk of such blocks of a program.
@@ -116,15 +117,17 @@ def choose_config(problem: Problem, machine: Machine) -> Config:
 
 
 def _contiguous(problem: Problem, machine: Machine) -> Config:
-    capacity = _capacity(problem)
-    aligned = problem.positions * problem.itemsize % _VECTOR_BYTES == 0
-    columns = power_of_two(problem.group_size)
-    if not aligned and not problem.ordered and columns <= (_CAPACITY_FLAT_BACKWARD if problem.backward else capacity):
-        return Config("flat", 1, columns, num_warps=_warps(columns, problem.backward + 1))
+    alignment = math.gcd(problem.positions * problem.itemsize, _VECTOR_BYTES)
     rows, columns = power_of_two(problem.channels_per_group), power_of_two(problem.positions)
+    flat = power_of_two(problem.group_size)
+    if alignment < _VECTOR_BYTES and not problem.ordered and flat <= _CAPACITY_FLAT[problem.backward]:
+        return Config("flat", 1, flat, num_warps=_warps(flat, problem.backward + 1))
+    capacity = _capacity(problem) >> (alignment < _VECTOR_BYTES // 2)
+    if columns > _MOST_COLUMNS:
+        return _split(problem, machine)
     if rows * columns <= capacity:
         return Config("tile", rows, columns, num_warps=_warps(rows * columns, problem.backward))
-    if machine.arch == _CLUSTER_ARCH and aligned and rows <= _MOST_CLUSTER_ROWS:
+    if machine.arch == _CLUSTER_ARCH and alignment == _VECTOR_BYTES and rows <= _MOST_CLUSTER_ROWS:
         for num_ctas in _CLUSTER_SIZES:
             # each CTA has rows of its own: triton cannot reduce a row over the cluster to a vector
             if rows * columns <= capacity * num_ctas and num_ctas <= rows:
@@ -157,7 +160,9 @@ def _channels_last(problem: Problem, machine: Machine) -> Config:
         lanes % d == 0 and (lanes * problem.itemsize >= _SECTOR_BYTES or lanes >= problem.channels)
     )
     if not problem.ordered and wide_enough and rows * lanes <= capacity:
-        return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes, problem.backward))
+        # more warps where all that takes registers comes together
+        crowding = problem.backward + (_heavy(problem) and _wide_residual(problem))
+        return Config("channels_last_tile", rows, lanes, num_warps=_warps(rows * lanes, crowding))
     columns = min(128 // problem.itemsize, power_of_two(problem.channels))
     rows = _STREAM_BLOCK // columns
     blocks = math.ceil(problem.channels / columns)
@@ -167,8 +172,15 @@ def _channels_last(problem: Problem, machine: Machine) -> Config:
 
 
 def _capacity(problem: Problem) -> int:
-    crowded = problem.act in _HEAVY[problem.backward] or (problem.residual and problem.itemsize == 4)
-    return _CAPACITY[problem.backward] >> crowded
+    return _CAPACITY[problem.backward] >> (_heavy(problem) or _wide_residual(problem))
+
+
+def _heavy(problem: Problem) -> bool:
+    return problem.act in _HEAVY[problem.backward]
+
+
+def _wide_residual(problem: Problem) -> bool:
+    return problem.residual and problem.itemsize == 4
 
 
 def _warps(elements: int, crowding: int) -> int:

@@ -56,12 +56,12 @@ GNSWAP_NOINLINE void finish_group(const Problem& p, int64_t g, double rstd, doub
 
 // dweight and dbias: sums over the batch of `partial` [N, 2, C] (g, then g * xhat), in its order.
 inline void sum_over_batch(const Problem& p, const double* partial) {
-  for (int64_t c = 0; c < p.C; ++c) p.dbias[c] = p.dweight[c] = 0;
-  for (int64_t n = 0; n < p.N; ++n) {
-    for (int64_t c = 0; c < p.C; ++c) {
-      p.dbias[c] += partial[(2 * n) * p.C + c];
-      p.dweight[c] += partial[(2 * n + 1) * p.C + c];
-    }
+  const auto bytes = static_cast<size_t>(p.C) * sizeof(double);
+  std::memcpy(p.dbias, partial, bytes);
+  std::memcpy(p.dweight, partial + p.C, bytes);
+  for (int64_t n = 1; n < p.N; ++n) {
+    add_to(p.dbias, partial + 2 * n * p.C, p.C);
+    add_to(p.dweight, partial + (2 * n + 1) * p.C, p.C);
   }
 }
 

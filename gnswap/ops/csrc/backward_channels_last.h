@@ -121,10 +121,8 @@ GNSWAP_NOINLINE void finish_gradient(const Problem& p, int64_t n, const R* sums,
   for (int64_t c = 0; c < 2 * C; ++c) partial[c] = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const R *s = sums + 2 * chunk * stride, *q = s + stride;
-    for (int64_t c = 0; c < C; ++c) {
-      partial[c] += s[c];
-      partial[C + c] += q[c];
-    }
+    add_to(partial, s, C);
+    add_to(partial + C, q, C);
   }
   const R* rstd = static_cast<const R*>(p.rstd) + n * p.G;
   for (int64_t g = 0; g < p.G; ++g) finish_group(p, g, rstd[g], partial, partial + C, k);

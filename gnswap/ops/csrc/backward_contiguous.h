@@ -5,47 +5,85 @@
 namespace gnswap {
 namespace {
 
-// Per-channel sums of g, and of g * d, over the rows of a piece (whole rows) of a group, into dbias and dweight [C];
-// with a residual also g itself, its gradient. All tensors start at the sample.
+// Sums of g, and of g * d, over a row or a part of one, as vectors; with a residual also g itself, its gradient.
+template <class T, ActClass A, bool Residual> struct RowSums {
+  using V = vec_t<T>;
+  static constexpr int64_t W = kLanes<T>;
+  const Activation<acc_t<T>> how;
+  const Tail<T> tail;
+  V shift, slope, offset;
+  V s[2], q[2];
+
+  RowSums(const Problem& p) : how(p.act), tail(p.S) {}
+
+  GNSWAP_INLINE void set(const Coefficients<acc_t<T>>& k, int64_t c) {
+    shift = splat<V>(k.shift[c]), slope = splat<V>(k.slope[c]), offset = splat<V>(k.offset[c]);
+  }
+  GNSWAP_INLINE void whole(int j, const T* x, const T* dy, const T* r, T* dr, int64_t at) {
+    const V d = load(x + at) - shift;
+    V z = d * slope + offset;
+    if (Residual && r) z += load(r + at);
+    const V g = activate_backward<A>(how, z, load(dy + at));
+    if (Residual && dr) store(dr + at, g);
+    s[j] += g;
+    q[j] += g * d;
+  }
+  // `last` - `first` elements; only the last part of a row may end within a vector.
+  GNSWAP_INLINE void part(const T* x, const T* dy, const T* r, T* dr, int64_t first, int64_t last) {
+    s[0] = s[1] = q[0] = q[1] = V{};
+    int64_t at = first;
+    for (; at + 2 * W <= last; at += 2 * W)
+      GNSWAP_UNROLL for (int j = 0; j < 2; ++j) whole(j, x, dy, r, dr, at + j * W);
+    if (at + W <= last) whole(0, x, dy, r, dr, at), at += W;
+    if (at == last) return;
+    const V d = tail.load(x + at) - shift;
+    V z = d * slope + offset;
+    if (Residual && r) z += tail.load(r + at);
+    V g = activate_backward<A>(how, z, tail.load(dy + at));
+    if (Residual && dr) store_part(dr + at, g, tail.count);
+    g = tail.keep(g);
+    s[1] += g;
+    q[1] += tail.keep(g * d);
+  }
+};
+
+// Per-channel sums of g, and of g * d, over the rows of a piece (whole rows) of a group, into dbias and dweight [C].
+// All tensors start at the sample.
 template <class T, ActClass A, bool Residual>
 GNSWAP_NOINLINE void piece_gradient_sums(const Problem& p, const T* x, const T* dy, const T* r, T* dr, int64_t position,
                                          Cut::Piece piece, const Coefficients<acc_t<T>>& k, double* dbias,
                                          double* dweight) {
-  using V = vec_t<T>;
-  constexpr int64_t W = kLanes<T>;
-  const Activation<acc_t<T>> how(p.act);
-  for (int64_t row = piece.first_row; row < piece.last_row; ++row) {
-    const int64_t c = channel_index(p, position + row), start = c * p.S;
-    const V shift = splat<V>(k.shift[c]), slope = splat<V>(k.slope[c]), offset_ = splat<V>(k.offset[c]), zero = {};
-    double total = 0, total_d = 0;
-    for (int64_t first = 0; first < p.S; first += kBlock) {
-      const int64_t last = start + min(p.S, first + kBlock);
-      V s[2] = {}, q[2] = {};
-      const auto add = [&](int j, int64_t at) {
-        const V d = load(x + at) - shift;
-        V z = d * slope + offset_;
-        if (Residual && r) z += load(r + at);
-        const V g = activate_backward<A>(how, z, load(dy + at));
-        if (Residual && dr) store(dr + at, g);
-        s[j] += g;
-        q[j] += g * d;
-      };
-      int64_t at = start + first;
-      for (; at + 2 * W <= last; at += 2 * W)
-        GNSWAP_UNROLL for (int j = 0; j < 2; ++j) add(j, at + j * W);
-      for (; at + W <= last; at += W) add(0, at);
-      if (const int64_t count = last - at) {
-        const V d = load_part(x + at, count, zero) - shift;
-        V z = d * slope + offset_;
-        if (Residual && r) z += load_part(r + at, count, zero);
-        V g = activate_backward<A>(how, z, load_part(dy + at, count, zero));
-        if (Residual && dr) store_part(dr + at, g, count);
-        g = first_lanes<T>(count, g);
-        s[1] += g;
-        q[1] += first_lanes<T>(count, g * d);
+  using R = acc_t<T>;
+  RowSums<T, A, Residual> sums(p);
+  int64_t row = piece.first_row;
+  if (p.S <= kBlock) {
+    for (; row + 8 <= piece.last_row; row += 8) {
+      vec_t<T> s[8], q[8];
+      R total[8], total_d[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t c = channel_index(p, position + row + i);
+        sums.set(k, c);
+        sums.part(x, dy, r, dr, c * p.S, (c + 1) * p.S);
+        s[i] = sums.s[0] + sums.s[1];
+        q[i] = sums.q[0] + sums.q[1];
       }
-      total += sum(s[0] + s[1]);
-      total_d += sum(q[0] + q[1]);
+      sums_of_eight(s, total);
+      sums_of_eight(q, total_d);
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t c = channel_index(p, position + row + i);
+        dbias[c] = total[i];
+        dweight[c] = total_d[i];
+      }
+    }
+  }
+  for (; row < piece.last_row; ++row) {
+    const int64_t c = channel_index(p, position + row), start = c * p.S;
+    double total = 0, total_d = 0;
+    sums.set(k, c);
+    for (int64_t first = 0; first < p.S; first += kBlock) {
+      sums.part(x, dy, r, dr, start + first, start + min(p.S, first + kBlock));
+      total += sum(sums.s[0] + sums.s[1]);
+      total_d += sum(sums.q[0] + sums.q[1]);
     }
     dbias[c] = total;
     dweight[c] = total_d;

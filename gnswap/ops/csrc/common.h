@@ -136,6 +136,14 @@ GNSWAP_INLINE Moments moments(double reference, double sum, double squares, doub
   return {reference + delta, m2 > 0 ? m2 : 0};
 }
 
+// target += source, `count` values of the accumulation type into doubles
+template <class R> inline void add_to(double* target, const R* source, int64_t count) {
+  constexpr int64_t W = kLanes<double>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(target + i, load(target + i) + load_double(source + i));
+  for (; i < count; ++i) target[i] += source[i];
+}
+
 GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { return 1 / __builtin_sqrt(m2 / n + eps); }
 
 // Rows of an [S, C] sample that one thread sums at a time in fp32: at most some 32 000 elements.

@@ -117,10 +117,8 @@ GNSWAP_NOINLINE void finish_sample(const Problem& p, int64_t n, const R* k, cons
   for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const R *s = sums + 2 * chunk * stride, *q = s + stride;
-    for (int64_t c = 0; c < C; ++c) {
-      mean[c] += s[c];
-      m2[c] += q[c];
-    }
+    add_to(mean, s, C);
+    add_to(m2, q, C);
   }
   const double rows = static_cast<double>(p.S), share = 1 / rows;
   const R *scale = static_cast<const R*>(p.scale), *shift = static_cast<const R*>(p.shift);

@@ -34,7 +34,8 @@ template <class T, ActClass A, bool Residual> void backward(const Problem& p) {
       case Dtype::f32: break;                                                                            \
     }                                                                                                    \
     if (p.act > kRelu6) return direction<float, kAny, true>(p);                                          \
-    if (p.act != kRelu) return direction<float, kClamp, true>(p);                                        \
+    if (p.act != kRelu)                                                                                  \
+      return p.residual ? direction<float, kClamp, true>(p) : direction<float, kClamp, false>(p);        \
     return p.residual ? direction<float, kMax, true>(p) : direction<float, kMax, false>(p);              \
   }
 

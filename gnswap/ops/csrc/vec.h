@@ -174,6 +174,26 @@ template <class T> GNSWAP_INLINE vec_t<T> first_lanes(int64_t count, vec_t<T> v)
   return (vec_t<T>)((Mask)v & load_raw<Mask>(kMask + skipped));
 }
 
+// The last, partial vector of rows that all end alike.
+template <class T> struct Tail {
+  int64_t count;
+  explicit Tail(int64_t length) : count(length % kLanes<T>) {}
+  GNSWAP_INLINE vec_t<T> load(const T* p) const { return load_part(p, count, vec_t<T>{}); }
+  GNSWAP_INLINE vec_t<T> keep(vec_t<T> v) const { return first_lanes<T>(count, v); }
+};
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(GNSWAP_VECTOR_BYTES)
+template <> struct Tail<float> {
+  int64_t count;
+  __m256i mask;
+  explicit Tail(int64_t length) : count(length % 8) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+  }
+  GNSWAP_INLINE F32 load(const float* p) const { return _mm256_maskload_ps(p, mask); }
+  GNSWAP_INLINE F32 keep(F32 v) const { return _mm256_and_ps(v, _mm256_castsi256_ps(mask)); }
+};
+#endif
+
 // Sum of the lanes, halves first: the same tree at every width.
 #if defined(__AVX2__) && !defined(GNSWAP_VECTOR_BYTES)
 GNSWAP_INLINE float sum(__m256 v) {
@@ -182,10 +202,11 @@ GNSWAP_INLINE float sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
 #if defined(__AVX512F__)
-GNSWAP_INLINE float sum(__m512 v) {
+GNSWAP_INLINE __m256 eight_lanes(__m512 v) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-  return sum(_mm256_add_ps(_mm512_castps512_ps256(v), high));
+  return _mm256_add_ps(_mm512_castps512_ps256(v), high);
 }
+GNSWAP_INLINE float sum(__m512 v) { return sum(eight_lanes(v)); }
 #endif
 #else
 GNSWAP_INLINE float sum(F32 v) {
@@ -199,6 +220,23 @@ GNSWAP_INLINE double sum(F64 v) {
     GNSWAP_UNROLL for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
   return v[0];
 }
+
+// The sums of eight vectors at once: transposing them halfway takes a third of the instructions.
+template <class V, class R> GNSWAP_INLINE void sums_of_eight(const V (&v)[8], R* result) {
+  for (int i = 0; i < 8; ++i) result[i] = sum(v[i]);
+}
+#if defined(__AVX2__) && !defined(GNSWAP_VECTOR_BYTES)
+GNSWAP_INLINE __m256 eight_lanes(__m256 v) { return v; }
+template <> GNSWAP_INLINE void sums_of_eight(const F32 (&v)[8], float* result) {
+  const auto four = [&](const F32* at) {
+    const __m256 a = _mm256_hadd_ps(eight_lanes(at[0]), eight_lanes(at[1]));
+    return _mm256_hadd_ps(a, _mm256_hadd_ps(eight_lanes(at[2]), eight_lanes(at[3])));
+  };
+  const __m256 low = four(v), high = four(v + 4);
+  const __m256 total = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  _mm256_storeu_ps(result, total);
+}
+#endif
 
 // ---- functions of a vector ----
 
