@@ -30,6 +30,7 @@ from gnswap._parity import Parity
 from gnswap._photos import PhotoBatches
 from gnswap._providers import require_onnxruntime
 from gnswap._record import Record
+from gnswap._report.verb import report as make_report
 from gnswap._revert import revert
 from gnswap._store import load, save
 from gnswap._timing import SpeedRatio, compare_speed
@@ -105,8 +106,11 @@ def run(out: Path, step: Step) -> DemoReport:
         with step(f"comparing on {sum(len(x) for x, _ in batches)} photos: {name}"):
             methods.append(Method(name, compare(original, make(), batches, layers=False)))
     x = batches[0][0]
+    with step("measuring what each lever keeps, for the report"):
+        names = [photo.name for photo in _samples.sample_photos()]
+        kept = make_report(original, conversion, batches, held_out=True, photo_names=names, command="gnswap demo")
     with step("saving, loading, reverting"):
-        save(conversion, saved)
+        save(conversion, saved, report=kept)
         loaded = load(saved)
         with torch.no_grad():
             bit_equal = torch.equal(loaded(x), conversion.model(x))
@@ -130,7 +134,12 @@ def run(out: Path, step: Step) -> DemoReport:
         reverts_exactly=_same_state(reverted, original),
         parity=parity,
         speed=speed,
-        files={"converted network": str(saved), "ONNX": str(exported), "original as ONNX": str(original_onnx)},
+        files={
+            "converted network": str(saved),
+            "what was kept": str(saved / "report.html"),
+            "ONNX": str(exported),
+            "original as ONNX": str(original_onnx),
+        },
         seconds=round(time.perf_counter() - start, 1),
     )
 

@@ -133,6 +133,15 @@ def test_the_last_stage_is_the_network_itself(net: nn.Module, photos: list[Tenso
     assert found.stages[1].fidelity.kl != found.stages[2].fidelity.kl
 
 
+def test_the_notes_are_the_conversions(net: nn.Module, photos: list[Tensor]) -> None:
+    conversion = gnswap.convert(net, calibration=photos, fidelity=0.2, exclude="4")
+    found = gnswap.report(net, conversion, photos)
+    assert found.kept == (f"4: {conversion.plan.kept[0].reason}",)
+    assert found.notes == conversion.report.notes[1:]
+    assert found.notes[-1].startswith("target 0.2")
+    assert gnswap.report(net, conversion.model).notes == conversion.plan.notes
+
+
 def test_the_interval_is_wilsons() -> None:
     """At its ends the observed share is just 1.96 of their standard deviations away."""
     for share, count in ((0.0, 7), (0.3, 40), (1.0, 200)):

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from gnswap._report.records import Answer, PhotoReport, PhotoTable
@@ -118,6 +117,8 @@ def thumbnail(x: Tensor, config: Mapping[str, Any]) -> str | None:
     """
     if x.ndim != 3 or len(x) not in (1, 3) or not x.is_floating_point():
         return None
+    from PIL import Image  # late: nobody else in `import gnswap` needs it
+
     x = x.float()
     mean, std = (torch.tensor(config.get(key) or (), dtype=torch.float32) for key in ("mean", "std"))
     if len(mean) == len(std) == len(x):

@@ -102,7 +102,7 @@ def report(
         layers=layers,
         answers=worst.table(),
         worst=worst.worst(),
-        notes=plan.notes,
+        notes=_notes(converted, plan),
         options=plan.options,
         versions=plan.versions,
         command=command,
@@ -110,6 +110,14 @@ def report(
     if directory is not None:
         write_report(made, Path(directory))
     return made
+
+
+def _notes(converted: Conversion | nn.Module, plan: Plan) -> tuple[str, ...]:
+    """What the conversion had to say, or the plan; without the kept layers, which have a place of their own."""
+    if not isinstance(converted, Conversion):
+        return plan.notes
+    kept = {f"kept {decision.name}: {decision.reason}" for decision in plan.kept}
+    return tuple(note for note in converted.report.notes if note not in kept)
 
 
 def _name(model: nn.Module) -> str:
