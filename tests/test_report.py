@@ -371,6 +371,8 @@ def test_refusals(net: nn.Module, conversion: gnswap.Conversion) -> None:
     ("axis", "expected"),
     [
         (Axis(0, 1, 0, 100), [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (Axis(0, 0.734, 0, 100), [0, 0.2, 0.4, 0.6]),
+        (Axis(0, 31, 0, 100), [0, 10, 20, 30]),
         (Axis(0.02, 3, 0, 100, log=True), [0.1, 1]),
         (Axis(0.1, 3, 0, 100, log=True), [0.1, 0.2, 0.5, 1, 2]),
         (Axis(1e-4, 1e6, 0, 100, log=True), [1e-4, 1e-2, 1, 1e2, 1e4, 1e6]),

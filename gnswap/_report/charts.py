@@ -243,7 +243,7 @@ def _layer_ticks(picture: Picture, x: Axis, layers: int, bottom: float, label: s
 
 def _column(picture: Picture, x: Axis, place: int, title: str, top: float, bottom: float) -> None:
     """The part of a chart that belongs to one layer, for the pointer."""
-    width = x(1) - x(0)
+    width = min(x(1) - x(0), 60.0)
     picture.add(
         "rect", title=title, x=x(place) - width / 2, y=top, width=width, height=bottom - top, class_="column",
         data_layer=str(place),

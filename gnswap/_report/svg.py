@@ -83,8 +83,11 @@ class Axis:
     def ticks(self, most: int = 8) -> list[float]:
         """Round values within the axis, not more than about `most`."""
         if not self.log:
-            step = (self.high - self.low) / 5
-            return [self.low + index * step for index in range(6)]
+            least = (self.high - self.low) / 5
+            power = 10.0 ** math.floor(math.log10(least))
+            step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least * 0.999)
+            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+            return [index * step for index in range(first, last + 1)]
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         stride = max(1, math.ceil((last - first) / most))
         digits = (1, 2, 5) if self.high < 100 * self.low else (1,)
