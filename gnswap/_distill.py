@@ -78,7 +78,8 @@ class Distillation:
                 expected=f"floating tensors of shapes {[tuple(item.shape) for item in expected]}",
                 found=str([tuple(item.shape) for item in found]),
             )
-        terms = [self._answers([item.to(found[0].device) for item in expected], found), *self._features]
+        expected = [theirs.to(ours) for theirs, ours in zip(expected, found, strict=True)]
+        terms = [self._answers(expected, found), *self._features]
         return torch.stack([term.to(found[0].device) for term in terms]).sum()
 
     def _answers(self, expected: list[Tensor], found: list[Tensor]) -> Tensor:
@@ -94,7 +95,7 @@ class Distillation:
     def _meet(self, name: str, theirs: Tensor, ours: Tensor) -> None:
         if name in self._weights:
             # the difference first: an in-place activation may overwrite `ours` before the backward pass
-            difference = ours - theirs.to(ours.device)
+            difference = ours - theirs.to(ours)
             self._features.append(difference.square().sum() * self._weights[name])
 
 

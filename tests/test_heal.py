@@ -113,6 +113,21 @@ class TestHelps:
         assert all(parameter.grad is None for parameter in (*original.parameters(), *converted.parameters()))
         assert not converted[1]._forward_hooks
 
+    def test_an_original_in_half_precision(self) -> None:
+        original, converted = networks()
+        assert gnswap.heal(converted, original.bfloat16(), [photos()], **QUICK).healed
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_progress_goes_to_a_terminal_only(
+        self, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+        original, converted = networks()
+        gnswap.heal(converted, original, [photos()], **QUICK)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("healing, held out" in err) == terminal
+
     def test_saved_loaded_and_no_longer_reverted(self, tmp_path: Path) -> None:
         original, converted = networks()
         gnswap.heal(converted, original, [photos()], **QUICK)
