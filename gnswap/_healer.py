@@ -29,6 +29,7 @@ from gnswap._trial import Jury, answers
 from gnswap._views import views
 
 _FEATURES = 10.0  # weight of the features beside the answers
+_MOST_FEATURES = 16  # layers that are listened to
 _BETAS = (0.9, 0.99)
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
 _LOOKS = 10  # at the photos held out
@@ -72,7 +73,7 @@ class Healer:
         self.jury = Jury(original, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
         sample = self.photos[:: -(-len(self.photos) // _ENERGY_SAMPLES)]
         self.distillation = Distillation(
-            original, converted, names, sample, is_classifier=self.jury.is_classifier, features=_FEATURES
+            original, converted, _some(names), sample, is_classifier=self.jury.is_classifier, features=_FEATURES
         )
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=job.lr, betas=_BETAS, weight_decay=0.0)
         self.schedule: SoftnessSchedule | None = None
@@ -293,6 +294,16 @@ class Healer:
 
             show()
             yield show
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    """Every k-th layer, the last one among them.
+
+    Why not all: on EfficientNet-Lite0 the gradient with every 4th of 49 layers has a cosine of 0.989 with that of all
+    (gradients of two batches have 0.20 with each other), and a step takes two thirds of the time.
+    """
+    every = -(-len(names) // _MOST_FEATURES)
+    return list(names[::-1][::every][::-1])
 
 
 def _judges(count: int) -> list[bool]:

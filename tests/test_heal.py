@@ -160,6 +160,15 @@ class TestHelps:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("layers", "heard"), [(1, 1), (16, 16), (17, 9), (49, 13), (200, 16)])
+def test_of_many_layers_it_listens_to_some(layers: int, heard: int) -> None:
+    names = [str(number) for number in range(layers)]
+    some = _healer._some(names)
+    assert len(some) == heard
+    assert some[-1] == names[-1]
+    assert some == sorted(some, key=int)
+
+
 class TestNeverHarms:
     def test_where_nothing_helps_the_network_comes_back_bit_for_bit(self) -> None:
         original, converted = networks()
