@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+import torch
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
@@ -245,23 +246,37 @@ def convert(
 def export(
     directory: Directory,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")],
-    target: Annotated[str, typer.Option("--target", help="The form of the graph.")] = "portable",
+    target: Annotated[
+        Literal["portable", "cpu", "cuda", "tensorrt"],
+        typer.Option("--target", help="Where it should be fastest; the operators are standard ones in any case."),
+    ] = "portable",
+    dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option("--dtype", help="Of weights, inputs and outputs; statistics stay in fp32. Default: the network's."),
+    ] = None,
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Time every form of the norms on this machine and keep the fastest.")
+    ] = False,
     model: Rebuilt = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a converted network as ONNX, with a dynamic batch, checked by onnx's own checker.
+    """Write a converted network as ONNX, with dynamic batch, height and width, checked by onnx's own checker.
 
     **Examples**
 
         gnswap export resnet50-gn -o resnet50-gn.onnx
 
+        gnswap export resnet50-gn -o resnet50-gn.onnx --target cpu --autotune
+
         gnswap export out -o out.onnx --model mypackage.models:build --input 3x64x64
     """
+    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     network = _cli_options.load(directory, model)
     example = _cli_options.example(network, input_shape)
     with _cli_output.step(f"exporting to {output}"), _cli_output.warnings_as_notes():
-        report = gnswap.export_onnx(network, output, example, target=target)
+        kind = None if dtype is None else getattr(torch, dtypes[dtype])
+        report = gnswap.export_onnx(network, output, example, target=target, dtype=kind, autotune=autotune)
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
 
 

@@ -25,6 +25,7 @@ from gnswap import _onnx_graph as onnx_graph
 from gnswap import _sites, _trace
 from gnswap._errors import ArgumentError, ExportError
 from gnswap._onnx import compiler, norm, plain, targets, write
+from gnswap._onnx.autotune import tune
 from gnswap._onnx.compiler import NormExport
 from gnswap._record import Record
 
@@ -60,6 +61,7 @@ class ExportReport(Record):
         dynamic_axes: names of the axes that may change from call to call.
         operators: how often each operator occurs.
         norms: how each GroupNorm was written, and why in this way.
+        timings: with autotune: median milliseconds of the whole network in each form, fastest first.
         files: all that belongs together: the file, and its weights where they are too large for one file.
         notes: what is less general than was asked for, and why.
         versions: of gnswap, torch, onnx, onnx-ir and onnxscript.
@@ -75,6 +77,7 @@ class ExportReport(Record):
     dynamic_axes: tuple[str, ...]
     operators: dict[str, int]
     norms: tuple[NormExport, ...]
+    timings: dict[str, float]
     files: tuple[str, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
@@ -91,6 +94,7 @@ def export_onnx(
     dynamic_size: bool = True,
     opset: int | None = None,
     threads: int | None = None,
+    autotune: bool = False,
 ) -> ExportReport:
     """Write a network as an ONNX file, as it computes in eval mode.
 
@@ -110,6 +114,8 @@ def export_onnx(
             written, and the report's notes say why.
         opset: 18 to 24; None is 18, and 22 for bf16, which convolutions only have since then.
         threads: for target "cpu": 1 where the session will use one thread; None means several.
+        autotune: time every form on this machine, with the example as input, and keep the fastest; not for target
+            "portable". The bytes then depend on the machine.
 
     Returns:
         what was written.
@@ -129,7 +135,7 @@ def export_onnx(
         (('batch', 'height', 'width'), 1)
     """
     path = Path(path)
-    _check_options(path, target, dtype, threads)
+    _check_options(path, target, dtype, threads, autotune)
     _sites.require_plain(model)
     onnx = onnx_graph.require_onnx()
     prepared, dtype, exact = plain.plain(model, dtype)
@@ -151,7 +157,11 @@ def export_onnx(
     graph = compiled.graph
     known = {*prepared.state_dict(), *(name for name, _ in prepared.named_buffers())}
     loose = graph.initializers.keys() - known
-    norms = compiler.lower(graph, compiler.prepare(graph, exact), compiler.by_target(wanted))
+    found = compiler.prepare(graph, exact)
+    choice, timings = compiler.by_target(wanted), {}
+    if autotune and found:
+        choice, timings = tune(compiled, found, wanted, inputs, threads)
+    norms = compiler.lower(graph, found, choice)
     onnx_graph.name_after_modules(graph, graph.initializers.keys() - loose)
     onnx_graph.name_axes(graph, traced.axes)
     onnx_graph.strip_traces(graph)
@@ -170,13 +180,14 @@ def export_onnx(
         dynamic_axes=tuple(sorted({name for axes in traced.axes for name in axes.values()})),
         operators=onnx_graph.histogram(graph),
         norms=norms,
+        timings=timings,
         files=tuple(map(str, files)),
         notes=(*traced.notes, *_target_notes(norms)),
         versions=versions,
     )
 
 
-def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: int | None) -> None:
+def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: int | None, autotune: bool) -> None:
     if target not in targets.TARGETS:
         raise ArgumentError("unknown target", where="target", expected=" or ".join(targets.TARGETS), found=repr(target))
     if dtype not in (None, torch.float32, *_HALVES):
@@ -188,6 +199,13 @@ def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: 
         )
     if threads is not None and threads < 1:
         raise ArgumentError("threads out of range", where="threads", expected="1 or more", found=str(threads))
+    if autotune and target == "portable":
+        raise ArgumentError(
+            "there is nothing to time for every runtime at once",
+            where="autotune",
+            expected="target cpu, cuda or tensorrt",
+            found="portable",
+        )
     if not path.parent.is_dir():
         raise ArgumentError("no such folder", where="path", found=str(path.parent))
 

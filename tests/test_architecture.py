@@ -53,8 +53,11 @@ FLOORS: tuple[frozenset[str], ...] = (
         | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "write", "lowerings")}
-        | {f"_onnx.lowerings.{first}_norm{then}" for first in ("instance", "layer") for then in ("", "_batch_norm")}
-        | {"_onnx.lowerings.layer_norm_conv"}
+        | {
+            f"_onnx.lowerings.{first}_norm{then}"
+            for first in ("instance", "layer")
+            for then in ("", "_batch_norm", "_conv")
+        }
     ),
     frozenset(
         {
@@ -180,6 +183,7 @@ SAME_FLOOR = {
     ("_cli_validate", "__init__"): "it calls the verb by its public name",
     ("_onnx.plain", "_layer"): "it takes the layer's place",
     ("_onnx.lowerings.instance_norm_batch_norm", "_onnx.lowerings.instance_norm"): "the same statistics",
+    ("_onnx.lowerings.instance_norm_conv", "_onnx.lowerings.instance_norm"): "the same statistics",
     ("_onnx.lowerings.layer_norm_batch_norm", "_onnx.lowerings.layer_norm"): "the same statistics",
     ("_onnx.lowerings.layer_norm_conv", "_onnx.lowerings.layer_norm"): "the same statistics",
     **{
@@ -187,6 +191,7 @@ SAME_FLOOR = {
         for name in (
             "instance_norm",
             "instance_norm_batch_norm",
+            "instance_norm_conv",
             "layer_norm",
             "layer_norm_batch_norm",
             "layer_norm_conv",

@@ -11,6 +11,7 @@ from gnswap._onnx.edit import Array, remove_unused
 from gnswap._onnx.lowering import Lowering
 from gnswap._record import Record
 
+Norms = list[norm.Norm]
 Choice = Callable[[norm.Norm], tuple[Lowering, str]]
 
 
@@ -36,7 +37,7 @@ class NormExport(Record):
     channel_order: str
 
 
-def prepare(graph: Any, exact: Mapping[str, Array]) -> list[norm.Norm]:
+def prepare(graph: Any, exact: Mapping[str, Array]) -> Norms:
     """Give the neighbours what they can take; the norms that are left have their groups side by side.
 
     Args:
@@ -49,7 +50,7 @@ def prepare(graph: Any, exact: Mapping[str, Array]) -> list[norm.Norm]:
     return norms
 
 
-def lower(graph: Any, norms: list[norm.Norm], choice: Choice) -> tuple[NormExport, ...]:
+def lower(graph: Any, norms: Norms, choice: Choice) -> tuple[NormExport, ...]:
     """Write every norm in the form that `choice` names; no node of ours is left then."""
     cache: dict[Any, Any] = {}
     rows = []
@@ -64,6 +65,13 @@ def lower(graph: Any, norms: list[norm.Norm], choice: Choice) -> tuple[NormExpor
     graph.opset_imports.pop(norm.DOMAIN, None)
     remove_unused(graph)
     return tuple(rows)
+
+
+def copied(model: Any, norms: Norms) -> tuple[Any, Norms]:
+    """A copy of an `onnx_ir.Model` after `prepare`, to write its norms in another form; weights are shared."""
+    twin = model.clone()
+    nodes = [one.node for one in norm.find(twin.graph)]
+    return twin, [dataclasses.replace(one, node=node) for one, node in zip(norms, nodes, strict=True)]
 
 
 def by_target(target: targets.Target) -> Choice:

@@ -28,6 +28,7 @@ class Lowering:
         statistics: `(writer, view) -> view`, normalises `[N, G, D*H, W]` over all axes after G.
         affine: `(writer, x, factor, term, name) -> y`, per channel.
         shape_nodes: whether it reads sizes at run time where height or width is dynamic.
+        half_casts: whether it casts half types to fp32 and back.
         ranks: numbers of axes of x that it can be used for.
     """
 
@@ -35,6 +36,7 @@ class Lowering:
     statistics: Statistics
     affine: Affine
     shape_nodes: bool = False
+    half_casts: bool = False
     ranks: tuple[int, ...] = (2, 3, 4, 5)
 
     def write(self, writer: Writer, x: Any) -> Any:

@@ -90,6 +90,19 @@ class Norm:
         return total
 
     @property
+    def rows(self) -> int:
+        """How many groups a run normalises at least: N * G, with one sample where the batch is dynamic."""
+        batch = self.x.shape[0]
+        return self.num_groups * (batch if isinstance(batch, int) else 1)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether x is fp16 or bf16."""
+        import onnx_ir as ir
+
+        return self.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+    @property
     def channels_per_group(self) -> int:
         """D = C/G."""
         return self.channels // self.num_groups

@@ -11,6 +11,7 @@ import dataclasses
 from gnswap._onnx.lowering import Lowering
 from gnswap._onnx.lowerings.instance_norm import INSTANCE_NORM
 from gnswap._onnx.lowerings.instance_norm_batch_norm import INSTANCE_NORM_BATCH_NORM
+from gnswap._onnx.lowerings.instance_norm_conv import INSTANCE_NORM_CONV
 from gnswap._onnx.lowerings.layer_norm import LAYER_NORM
 from gnswap._onnx.lowerings.layer_norm_batch_norm import LAYER_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.layer_norm_conv import LAYER_NORM_CONV
@@ -23,43 +24,52 @@ class Target:
 
     Attributes:
         name: as `export_onnx` takes it.
-        lowerings: best first; the last one can write every norm.
+        provider: of onnxruntime that runs it, or None.
+        lowerings: best first; the first that can write a norm is chosen.
         reason: why in this order.
+        single_row: those that come before where a sample has one group only, so that threads have no rows to share.
         shape_nodes: whether nodes that read sizes at run time are fine. Strict sessions on a GPU refuse them, since
             onnxruntime runs them on the CPU.
         max_opset: newest opset that the provider is known to have kernels for.
     """
 
     name: str
+    provider: str | None
     lowerings: tuple[Lowering, ...]
     reason: str
+    single_row: tuple[Lowering, ...] = ()
     shape_nodes: bool = True
     max_opset: int = 24
 
 
 _CPU_PARALLEL = Target(
     "cpu",
-    (LAYER_NORM_CONV, LAYER_NORM_BATCH_NORM, LAYER_NORM, INSTANCE_NORM_BATCH_NORM, INSTANCE_NORM),
+    "cpu",
+    (LAYER_NORM_CONV, LAYER_NORM_BATCH_NORM, LAYER_NORM),
     "fastest on onnxruntime's CPU provider with several threads",
+    single_row=(INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM),
 )
 _CPU_SERIAL = Target(
     "cpu",
-    (INSTANCE_NORM_BATCH_NORM, INSTANCE_NORM, LAYER_NORM_CONV, LAYER_NORM_BATCH_NORM, LAYER_NORM),
+    "cpu",
+    (INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM, INSTANCE_NORM),
     "fastest on onnxruntime's CPU provider with one thread",
 )
 _OTHERS = (
-    Target("portable", (INSTANCE_NORM,), "kernels for it are everywhere"),
+    Target("portable", None, (INSTANCE_NORM, LAYER_NORM), "kernels for it are everywhere", shape_nodes=False),
     Target(
         "cuda",
-        (INSTANCE_NORM, LAYER_NORM, LAYER_NORM_BATCH_NORM, INSTANCE_NORM_BATCH_NORM),
-        "not measured here: --autotune on the GPU finds the best",
+        "cuda",
+        (INSTANCE_NORM, LAYER_NORM, INSTANCE_NORM_BATCH_NORM, LAYER_NORM_BATCH_NORM),
+        "accurate, and a kernel for it; not timed: autotune on the GPU finds the fastest",
         shape_nodes=False,
         max_opset=21,
     ),
     Target(
         "tensorrt",
+        "tensorrt",
         (INSTANCE_NORM, LAYER_NORM, LAYER_NORM_BATCH_NORM),
-        "TensorRT has a layer of its own for it",
+        "TensorRT has a layer of its own for it; not timed: autotune on the GPU finds the fastest",
         shape_nodes=False,
         max_opset=21,
     ),
@@ -79,21 +89,30 @@ def refusal(lowering: Lowering, norm: Norm, target: Target) -> str | None:
     if norm.rank not in lowering.ranks:
         return f"{lowering.name} is for {', '.join(map(str, lowering.ranks))} axes"
     if lowering.shape_nodes and norm.positions is None and not target.shape_nodes:
-        return f"{lowering.name} reads sizes at run time where they are dynamic"
+        return f"{lowering.name} would read sizes at run time, which are dynamic"
     if target.name == "tensorrt" and norm.num_groups == 1 and lowering.statistics is INSTANCE_NORM.statistics:
         return "TensorRT takes one group for an instance norm (NVIDIA/TensorRT#4756)"
     return None
 
 
-def candidates(norm: Norm, target: Target) -> list[Lowering]:
-    """The lowerings that can write a norm, best first; never empty."""
-    able = [lowering for lowering in target.lowerings if refusal(lowering, norm, target) is None]
-    return able or [INSTANCE_NORM]
+def candidates(norm: Norm, target: Target) -> list[tuple[Lowering, str]]:
+    """The lowerings that can write a norm, best first, each with the reason for its place; never empty."""
+    ranked = [(lowering, target.reason) for lowering in target.lowerings]
+    if norm.rows == 1 and target.single_row:
+        reason = "one group is one row, on which only one thread works"
+        ranked = [*((lowering, reason) for lowering in target.single_row), *ranked]
+    if norm.is_half:
+        casting = [(lowering, reason) for lowering, reason in ranked if lowering.half_casts]
+        reason = "keeps its statistics in fp32 without casts"
+        ranked = [*((lowering, reason) for lowering, _ in ranked if not lowering.half_casts), *casting]
+    refusals = [refusal(lowering, norm, target) for lowering, _ in ranked]
+    refused = [found for found in refusals if found is not None]
+    able = [one for one, found in zip(ranked, refusals, strict=True) if found is None]
+    if able and able[0][0] is not ranked[0][0]:
+        able[0] = (able[0][0], refused[0])
+    return able or [(INSTANCE_NORM, "; ".join(refused))]
 
 
 def choose(norm: Norm, target: Target) -> tuple[Lowering, str]:
     """The lowering for a norm, and why."""
-    chosen = candidates(norm, target)[0]
-    refused = [reason for one in target.lowerings if one is not chosen and (reason := refusal(one, norm, target))]
-    first = target.lowerings[0]
-    return chosen, target.reason if chosen is first else "; ".join(refused[:1] or [target.reason])
+    return candidates(norm, target)[0]

@@ -27,14 +27,13 @@ def statistics(writer: Writer, view: Any) -> Any:
     import onnx_ir as ir
 
     norm, single = writer.norm, ir.DataType.FLOAT
-    is_half = norm.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    dtype = single if is_half else norm.dtype
-    if is_half:
+    dtype = single if norm.is_half else norm.dtype
+    if norm.is_half:
         view = writer.op("Cast", view, to=single, dtype=single, shape=view.shape)
     scale = writer.shared("ones", np.ones(norm.num_groups), dtype)
     bias = writer.shared("zeros", np.zeros(norm.num_groups), dtype)
     view = writer.op("InstanceNormalization", view, scale, bias, epsilon=norm.epsilon, dtype=dtype, shape=view.shape)
-    return writer.op("Cast", view, to=norm.dtype, shape=view.shape) if is_half else view
+    return writer.op("Cast", view, to=norm.dtype, shape=view.shape) if norm.is_half else view
 
 
-INSTANCE_NORM = Lowering("instance_norm", statistics, multiply_add)
+INSTANCE_NORM = Lowering("instance_norm", statistics, multiply_add, half_casts=True)
