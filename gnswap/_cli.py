@@ -252,7 +252,9 @@ def export(
     ] = "portable",
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None,
-        typer.Option("--dtype", help="Of weights, inputs and outputs; statistics stay in fp32. Default: the network's."),
+        typer.Option(
+            "--dtype", help="Of weights, inputs and outputs; statistics stay in fp32. Default: the network's."
+        ),
     ] = None,
     autotune: Annotated[
         bool, typer.Option("--autotune", help="Time every form of the norms on this machine and keep the fastest.")

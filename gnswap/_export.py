@@ -158,7 +158,8 @@ def export_onnx(
     known = {*prepared.state_dict(), *(name for name, _ in prepared.named_buffers())}
     loose = graph.initializers.keys() - known
     found = compiler.prepare(graph, exact)
-    choice, timings = compiler.by_target(wanted), {}
+    choice = compiler.by_target(wanted)
+    timings: dict[str, float] = {}
     if autotune and found:
         choice, timings = tune(compiled, found, wanted, inputs, threads)
     norms = compiler.lower(graph, found, choice)

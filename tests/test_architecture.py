@@ -52,7 +52,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
         | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
-        | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "write", "lowerings")}
+        | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
         | {
             f"_onnx.lowerings.{first}_norm{then}"
             for first in ("instance", "layer")
@@ -198,6 +198,8 @@ SAME_FLOOR = {
         )
     },
     ("_onnx.compiler", "_onnx.targets"): "the passes in a row",
+    ("_onnx.autotune", "_onnx.compiler"): "it compiles every candidate",
+    ("_onnx.autotune", "_onnx.targets"): "which say what the candidates are",
     ("_cli", "_demo"): "the demo is one of its commands",
     ("_cli", "__init__"): "it calls the verbs by their public names",
     ("__main__", "_cli"): "python -m gnswap is gnswap",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gnswap._onnx import fold, norm, order, targets
@@ -67,7 +67,7 @@ def lower(graph: Any, norms: Norms, choice: Choice) -> tuple[NormExport, ...]:
     return tuple(rows)
 
 
-def copied(model: Any, norms: Norms) -> tuple[Any, Norms]:
+def copied(model: Any, norms: Sequence[norm.Norm]) -> tuple[Any, Norms]:
     """A copy of an `onnx_ir.Model` after `prepare`, to write its norms in another form; weights are shared."""
     twin = model.clone()
     nodes = [one.node for one in norm.find(twin.graph)]
