@@ -91,7 +91,11 @@ def results(graph: Any, modules: Mapping[str, Iterable[str]]) -> dict[str, tuple
     for index, node in enumerate(graph.node):
         for name in node.input:
             readers.setdefault(name, []).append(index)
-    last = {value.name for value in graph.output}
+    last, data = {value.name for value in graph.output}, {value.name for value in graph.input}
+    for node in graph.node:
+        # what is made of constants and sizes alone may be shared by many modules
+        if node.op_type not in ("Shape", "Size") and data.intersection(node.input):
+            data.update(node.output)
     found: dict[str, tuple[str, ...]] = {}
     for module, paths in modules.items():
         own = {index for index, scope in enumerate(scopes) if any(inside(scope, path) for path in paths)}
@@ -99,7 +103,7 @@ def results(graph: Any, modules: Mapping[str, Iterable[str]]) -> dict[str, tuple
             name
             for index in sorted(own)
             for name in graph.node[index].output
-            if name and (name in last or any(reader not in own for reader in readers.get(name, ())))
+            if name in data and (name in last or any(reader not in own for reader in readers.get(name, ())))
         )
     return found
 

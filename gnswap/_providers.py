@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -200,7 +202,16 @@ def _diagnose(runtime: Any, path: Any, provider: str, error: Exception, noise: l
     """Say why a strict session could not be made; always raises."""
     reason = " ".join(str(error).split())[:400]
     if provider == "cpu":
-        raise ValidationError("onnxruntime cannot run the file", where=str(path), found=reason) from error
+        no_kernel = "NOT_IMPLEMENTED" in reason
+        raise ValidationError(
+            "onnxruntime cannot run the file",
+            where=str(path),
+            found=reason,
+            fix="The CPU has no kernel for this operator in this precision, as for convolutions in bf16: export in "
+            "fp32 or fp16, or ask for provider='cuda'."
+            if no_kernel
+            else None,
+        ) from error
     try:
         # without the flag the session comes into being somewhere, and tells which nodes went where
         with _captured(noise):
@@ -354,4 +365,7 @@ def versions(provider: str) -> dict[str, str]:
     found = {"torch": str(torch.__version__), "onnxruntime": str(require_onnxruntime().__version__)}
     if provider != "cpu" and torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name(0)}
+        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    if provider == "tensorrt" and importlib.util.find_spec("tensorrt") is not None:
+        found["tensorrt"] = importlib.metadata.version("tensorrt")
     return found

@@ -254,6 +254,12 @@ def test_a_node_on_another_provider_is_an_error(path: Path) -> None:
         parts(load(path).graph, stray)
 
 
+def test_a_copy_between_devices_is_an_error(path: Path) -> None:
+    copied = event("Memcpy_token_1", "MemcpyFromHost")
+    with pytest.raises(ProviderError, match=r"1 nodes ran elsewhere.*MemcpyFromHost"):
+        parts(load(path).graph, copied)
+
+
 def test_warm_up_is_left_out(path: Path) -> None:
     runs = [event("0/Conv", "Conv", dur=duration) for duration in (90_000, 80_000, 70_000, 1000, 3000, 2000)]
     assert parts(load(path).graph, *runs) == {"convolution": 2.0}

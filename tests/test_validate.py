@@ -17,7 +17,7 @@ import torch
 from _models import randomise_norms, small_cnn
 from torch import Tensor, nn
 
-from gnswap import _parity, _providers, _stress
+from gnswap import _onnx_scopes, _parity, _providers, _stress
 from gnswap._apply import apply
 from gnswap._errors import ArgumentError, MissingDependencyError, ProviderError, ValidationError, WrappedModelError
 from gnswap._export import export_onnx
@@ -214,6 +214,23 @@ def test_channels_in_another_order() -> None:
     ):
         layer = _parity.layer_row("bn", "y", found, exact, exact, precision=torch.float32)
         assert (layer.passed, layer.reordered) == (passes, reordered)
+
+
+def test_the_result_of_a_layer_is_what_others_read() -> None:
+    """Not what it makes of constants and lends to others, and not what it keeps to itself."""
+    node = onnx.helper.make_node
+    nodes = [
+        node("ConstantOfShape", ["shape"], ["ones"], name="a.bn/ConstantOfShape"),
+        node("Shape", ["x"], ["size"], name="a.bn/Shape"),
+        node("Mul", ["x", "ones"], ["m"], name="a.bn/Mul"),
+        node("Relu", ["m"], ["r"], name="a.bn.act/Relu"),
+        node("Mul", ["r", "ones"], ["n"], name="a.bn1/Mul"),
+        node("Reshape", ["n", "size"], ["y"], name="a.bn1/Reshape"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.helper.make_tensor("shape", 7, [1], [4])])
+    paths = {"a.bn": ("a.bn", "b.bn"), "a.bn1": ("a.bn1",), "elsewhere": ("c",)}
+    assert _onnx_scopes.results(graph, paths) == {"a.bn": ("r",), "a.bn1": ("y",), "elsewhere": ()}
 
 
 def test_layers_of_a_file_that_names_none(
@@ -420,6 +437,16 @@ def test_files_and_models_that_are_none(path: Path, model: nn.Module, tmp_path: 
     (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValidationError, match=r"onnxruntime cannot run the file.*cut.onnx"):
         validate_onnx(tmp_path / "cut.onnx", model, torch.ones(1), provider="cpu")
+    group_norm = onnx.helper.make_node(
+        "GroupNorm", ["x", "g", "b"], ["y"], domain="com.microsoft", groups=2, activation=0
+    )
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1, 4, 4, 4]) for name in "xy"]
+    vectors = [onnx.helper.make_tensor(name, 1, [4], [1.0] * 4) for name in "gb"]
+    graph = onnx.helper.make_graph([group_norm], "g", ends[:1], ends[1:], vectors)
+    contrib = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=contrib, ir_version=9), tmp_path / "contrib.onnx")
+    with pytest.raises(ValidationError, match=r"GroupNorm.*The CPU has no kernel for this operator.*provider='cuda'"):
+        validate_onnx(tmp_path / "contrib.onnx", model, torch.ones(1), provider="cpu")
     with pytest.raises(WrappedModelError, match="DataParallel"):
         validate_onnx(path, nn.DataParallel(model), torch.ones(1), provider="cpu")
 
