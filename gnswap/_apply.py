@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from gnswap import _sites
+from gnswap._absorb import absorb, require_absorbable
 from gnswap._build import build_layer
 from gnswap._carry import carry_over, copied, replace_all
 from gnswap._errors import ArgumentError, ModelError, NothingToSwapError, PlanMismatchError
@@ -66,8 +67,13 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     target = model if inplace else copied(model)
     norms = dict(_sites.find_norms(target))
     swaps = [(decision, norms[decision.paths]) for decision in plan.swaps]
-    layers = [_replacement(norm, decision) for decision, norm in swaps]
-    root = replace_all(target, [decision.paths for decision, _ in swaps], layers)
+    layers: list[nn.Module] = [_replacement(norm, decision) for decision, norm in swaps]
+    paths = [decision.paths for decision, _ in swaps]
+    for (decision, _), layer in zip(swaps, layers[:], strict=True):
+        if decision.absorbs:
+            paths.append(decision.absorbs)
+            layers.append(absorb(layer, _sites.get(target, decision.absorbs[0])))
+    root = replace_all(target, paths, layers)
     root.__dict__["_gnswap"] = _sites.Applied(plan, _sites.digest(root))
     return root
 
@@ -100,6 +106,8 @@ def _check(model: nn.Module, plan: Plan) -> None:
             )
         if decision.action == "swap":
             _check_swap(module, decision, refusals[decision.paths])
+            if decision.absorbs is not None:
+                require_absorbable(model, decision)
     if len(plan.decisions) != len(norms):
         decided = {path for decision in plan.decisions for path in decision.paths}
         missing = next((paths[0] for paths in norms if not decided.intersection(paths)), None)

@@ -19,7 +19,7 @@ from gnswap._errors import ModelError, RevertError
 from gnswap._sites import get, replace
 
 # Every attribute of nn.Module in which hooks are kept or counted.
-_HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
+HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
 # What a BatchNorm has and a GroupNorm has no use for; every other attribute goes with the layer.
 _BATCHNORM_ONLY = frozenset({"momentum", "track_running_stats", "process_group"})
 
@@ -44,7 +44,7 @@ def carry_over(norm: nn.Module, layer: nn.Module, *, weight: Tensor | None, bias
         if wanted is not None and tensor is wanted
     }
     for name, value in vars(norm).items():
-        if name in _HOOKS or (name not in vars(layer) and name not in _BATCHNORM_ONLY):
+        if name in HOOKS or (name not in vars(layer) and name not in _BATCHNORM_ONLY):
             layer.__dict__[name] = value
     shell = _clone(norm)
     # gamma and beta live on in the new layer; a second reference would keep them alive, and go stale
@@ -82,7 +82,7 @@ def restore(layer: nn.Module, path: str) -> nn.Module:
     for name, buffer in norm._buffers.items():
         if buffer is not None and name not in affine:
             norm._buffers[name] = _moved(buffer, layer, f"{path}.{name}")
-    for name in _HOOKS:
+    for name in HOOKS:
         norm.__dict__[name] = vars(layer)[name]
     norm.training = layer.training
     return norm

@@ -68,12 +68,14 @@ def convert(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    absorb: bool = False,
 ) -> Conversion:
     """Turn a pretrained BatchNorm network into a GroupNorm network that still works; the input is left untouched.
 
     Args:
         model: any network with BatchNorm, on any device.
-        groups, group_size, softness, max_softness, fidelity, order, include, exclude, overrides: see `gnswap.plan`.
+        groups, group_size, softness, max_softness, fidelity, order, include, exclude, overrides, absorb: see
+            `gnswap.plan`.
         calibration: see `gnswap.plan`; read once. The fidelity of the converted network is measured on these photos
             (not on statistics of them): a little too good, since they also chose the plan.
 
@@ -108,6 +110,7 @@ def convert(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        absorb=absorb,
     )
     converted = apply(model, plan)
     measured = None if photos is None else compare(model, converted, photos)

@@ -23,6 +23,7 @@ from gnswap._layer import FusedGroupNorm
 from gnswap._pairs import Pairs
 from gnswap._record import Record
 from gnswap._running import chunks, eval_mode, flat, no_photos, placed
+from gnswap._sites import applied
 
 SURE = 0.5  # top-1 probability above which the original is called sure
 _ROWS = 8  # photos at a time while layers are compared: all norms' outputs of so many are held at once
@@ -214,7 +215,9 @@ def swapped_layers(original: nn.Module, converted: nn.Module) -> list[str]:
             expected="a layer of that name in the original",
             fix="Pass the network that the other one was converted from, or layers=False.",
         )
-    return names
+    record = applied(converted)
+    seen_at = {} if record is None else {decision.paths[0]: decision.output_path for decision in record.plan.swaps}
+    return [seen_at.get(name, name) for name in names]
 
 
 def _ratio(part: float, whole: int) -> float | None:

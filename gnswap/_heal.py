@@ -105,7 +105,7 @@ def heal(
         photos=crc(str([key for photo in singles for key in keys(photo)])),
     )
     with eval_mode(converted, original):
-        names = [decision.paths[0] for decision in record.plan.swaps]
+        names = [decision.output_path for decision in record.plan.swaps]
         run = Healer(converted, original, names, singles, job, accumulation, checkpoint)
         try:
             run.start()

@@ -149,7 +149,7 @@ class FusedGroupNorm(nn.Module):
         if not _is_identity(self.drop):  # it works between the norm and the activation
             return None
         if isinstance(self.act, nn.Module):
-            return None if _has_hooks(self.act) else ops.activation_name(self.act)
+            return None if has_hooks(self.act) else ops.activation_name(self.act)
         return self.act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -238,10 +238,11 @@ def _checked_softness(value: float) -> float:
 
 
 def _is_identity(module: nn.Module | None) -> bool:
-    return module is None or (type(module) is nn.Identity and not _has_hooks(module))
+    return module is None or (type(module) is nn.Identity and not has_hooks(module))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches the calls of a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gnswap import _grouping
+from gnswap._absorb import with_absorbed
 from gnswap._errors import PlanError
 from gnswap._moments import ChannelStatistics
 from gnswap._policy import Policy, Selection
@@ -38,6 +39,7 @@ def plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    absorb: bool = False,
 ) -> Plan:
     """Decide for every BatchNorm of a model what becomes of it; the model is left as it is.
 
@@ -71,6 +73,9 @@ def plan(
         overrides: for single layers: a mapping from glob or path to a mapping with any of "groups", "group_size",
             "softness", "action" ("swap" or "keep"). A layer's own path counts more than a glob, a later glob
             more than an earlier one.
+        absorb: let a norm compute the activation module behind it, in one pass, where torch.fx proves that nothing
+            else reads its output or calls that module; a note says which stay where they are. Off by default, because
+            a hook on the norm then sees the activated output.
 
     Returns:
         The plan, with one decision for each site that `gnswap.inspect` lists.
@@ -102,11 +107,14 @@ def plan(
         ]
         decisions, found = tuned(model, drafts, policy, calibration, inventory.fingerprint)
         notes += found
+    if absorb:
+        decisions, found = with_absorbed(model, decisions)
+        notes += found
     return Plan(
         fingerprint=inventory.fingerprint,
         model=inventory.model,
         decisions=tuple(decisions),
-        options={**policy.options(), "calibrated": calibration is not None, **selection.options()},
+        options={**policy.options(), "calibrated": calibration is not None, "absorb": absorb, **selection.options()},
         notes=tuple(notes),
         versions=_versions(),
     )

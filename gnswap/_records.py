@@ -112,6 +112,7 @@ class Decision(Record):
         signs: +1 or -1 per channel, in natural order; None is all +1.
         gain: factor on gamma per channel, in natural order, fitted to photos; None is all 1.
         offset: added to beta per channel, fitted to photos; None is all 0.
+        absorbs: every path of the activation module that the layer computes in its place; None where there is none.
         evidence: figures that the decision rests on, by name; see `gnswap.plan`.
     """
 
@@ -127,6 +128,7 @@ class Decision(Record):
     signs: tuple[int, ...] | None = None
     gain: tuple[float, ...] | None = None
     offset: tuple[float, ...] | None = None
+    absorbs: tuple[str, ...] | None = None
     evidence: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,6 +164,11 @@ class Decision(Record):
     def name(self) -> str:
         """The first path; "(root)" where the model itself is the layer."""
         return self.paths[0] or "(root)"
+
+    @property
+    def output_path(self) -> str:
+        """Where a hook sees what the layer computes, in the original and in the converted network."""
+        return (self.absorbs or self.paths)[0]
 
     @property
     def group_size(self) -> int:

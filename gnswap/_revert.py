@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from gnswap import _sites
+from gnswap._absorb import given_back
 from gnswap._carry import copied, origin, replace_all, restore
 from gnswap._errors import ModelError, RevertError
 
@@ -54,8 +55,12 @@ def revert(model: nn.Module, *, inplace: bool = False, force: bool = False) -> n
     target = model if inplace else copied(model)
     paths = [decision.paths for decision in record.plan.swaps]
     layers = [_converted_layer(target, where) for where in paths]
-    norms = [restore(layer, where[0]) for layer, where in zip(layers, paths, strict=True)]
-    root = replace_all(target, paths, norms)
+    modules = [restore(layer, where[0]) for layer, where in zip(layers, paths, strict=True)]
+    for decision, layer in zip(record.plan.swaps, layers, strict=True):
+        if decision.absorbs is not None:
+            paths.append(decision.absorbs)
+            modules.append(given_back(layer, _place(target, layer, decision.absorbs)))
+    root = replace_all(target, paths, modules)
     vars(root).pop("_gnswap", None)
     return root
 
@@ -70,6 +75,22 @@ def _require_unchanged(model: nn.Module, record: _sites.Applied) -> None:
             found=f"other values in {', '.join(changed[:3])}{more}",
             fix="force=True gives the BatchNorms back with today's gamma and beta and the original statistics.",
         )
+
+
+def _place(model: nn.Module, layer: nn.Module, paths: tuple[str, ...]) -> nn.Module:
+    """What stands where the activation was that `layer` computes."""
+    try:
+        found = [_sites.get(model, path) for path in paths]
+    except ModelError as error:
+        raise RevertError("the place of an activation is gone", where=paths[0], found=str(error)) from error
+    if any(type(module) is not nn.Identity for module in found) or not isinstance(layer.act, nn.Module):
+        raise RevertError(
+            "an absorbed activation was replaced",
+            where=paths[0],
+            expected="nn.Identity there, and the activation in the layer before it",
+            found=", ".join(type(module).__qualname__ for module in found),
+        )
+    return found[0]
 
 
 def _converted_layer(model: nn.Module, paths: tuple[str, ...]) -> nn.Module:

@@ -6,11 +6,13 @@ of them only), the second makes a phantom module when it is given a dotted name.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,3 +210,16 @@ def checksum(tensor: Tensor) -> str:
     buffer = io.BytesIO()
     torch.save(data, buffer)
     return f"{zlib.crc32(buffer.getbuffer()):08x}"
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A deep copy without data: every parameter and buffer on the meta device, aliases and ties kept."""
+    memo: dict[int, Any] = {}
+    for _, module in walk(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)

@@ -6,7 +6,6 @@ recorded only where building it gives the same fingerprint and the same structur
 
 from __future__ import annotations
 
-import copy
 import types
 from typing import Any
 
@@ -46,19 +45,6 @@ def rebuild(source: ModelSource, device: str = "cpu") -> nn.Module:
             "timm could not build the architecture", where=str(source), found=f"{type(error).__name__}: {error}"
         ) from error
     return model
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A deep copy without data: every parameter and buffer on the meta device, aliases and ties kept."""
-    memo: dict[int, Any] = {}
-    for _, module in _sites.walk(model):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
 
 
 def discover(original: nn.Module) -> tuple[ModelSource | None, str]:

@@ -30,7 +30,7 @@ from gnswap._report.write import FILES as REPORT_FILES
 from gnswap._report.write import write_report
 from gnswap._revert import revert
 from gnswap._saved import STORE_SCHEMA_VERSION, LayerState, ModelSource, Saved
-from gnswap._source import discover, mismatch, rebuild, skeleton
+from gnswap._source import discover, mismatch, rebuild
 
 PLAN_FILE, WEIGHTS_FILE = "plan.json", "model.safetensors"
 
@@ -202,7 +202,7 @@ def _rebuilt(directory: Path, saved: Saved) -> nn.Module:
 def _reverted(model: nn.Module) -> nn.Module:
     """The network with its norms back in place, without data."""
     try:
-        return revert(skeleton(model), force=True)
+        return revert(_sites.skeleton(model), force=True)
     except RevertError as error:
         raise StoreError(
             "only a network with all its converted layers can be saved",

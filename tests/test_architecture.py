@@ -49,7 +49,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order", "_onnx_profile"}
     ),
     frozenset(
-        {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry"}
+        {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb"}
         | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
@@ -153,6 +153,10 @@ SAME_FLOOR = {
     ("_heal", "_healer"): "which does the work",
     ("_heal", "_healing"): "what it gives back",
     ("_benchmark", "_plain_exports"): "what is timed beside the file",
+    ("_absorb", "_carry"): "an activation takes its hooks along as a norm does",
+    ("_absorb", "_layer"): "hooks are seen there first",
+    ("_absorb", "_norms"): "whether a norm has an activation of its own",
+    ("_absorb", "_sites"): "and where both are",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_store", "_report.records"): "a saved network has its report beside it",
     ("_store", "_report.write"): "the same",
