@@ -44,9 +44,9 @@ def heal(
 
     AdamW without weight decay, a learning rate that rises and then falls as a cosine, random views of the photos
     (crops, mirror images, colour, blends). Every fourth photo is held out and judges: the best weights are kept, it
-    stops where they get no better, and where healing did not help at all the network is given back bit for bit. Only
-    parameters that require gradients are trained; the standardisation and all other buffers stay. `gnswap.save` and
-    `load` work as before; `revert` refuses, as after any training.
+    stops where they get no better in the second half of the steps, and where healing did not help at all the network
+    is given back bit for bit. Only parameters that require gradients are trained; the standardisation and all other
+    buffers stay. `gnswap.save` and `load` work as before; `revert` refuses, as after any training.
 
     With several processes (`accelerate launch`, `torchrun`) every process is given the same networks and photos, each
     takes its share of every batch, and the result is the same up to rounding.

@@ -33,7 +33,7 @@ _MOST_FEATURES = 16  # layers that are listened to
 _BETAS = (0.9, 0.99)
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
 _LOOKS = 10  # at the photos held out
-_PATIENCE = 4  # looks without a better one before it stops
+_PATIENCE = 3  # looks without a better one before it stops
 _MOST_JUDGES = 64  # photos held out; more would cost time and decide nothing
 _ENERGY_SAMPLES = 16
 
@@ -215,8 +215,8 @@ class Healer:
         return self.schedule is None or self.step >= self.schedule.steps
 
     def _gets_no_better(self, every: int) -> bool:
-        first = 0 if self.schedule is None else self.schedule.steps
-        return self.step - max(self.best_step, first) >= _PATIENCE * every
+        # not before the half: while the learning rate is high, what the weights have learned hides behind its noise
+        return self.step - max(self.best_step, self.job.steps // 2) >= _PATIENCE * every
 
     @contextlib.contextmanager
     def _at_the_end(self) -> Iterator[None]:

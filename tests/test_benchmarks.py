@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+
+from tests._models import randomise_norms, small_cnn
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
@@ -119,3 +122,15 @@ def test_one_architecture_of_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts["with a BatchNorm of any kind"] == counts["inspected and planned"] == 1
     assert counts["BatchNorm layers"] == counts["swapped"] == 20
     assert "build: RuntimeError" in counts["failed"]["no_such_network"]
+
+
+def test_healing_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    healing = script("healing", monkeypatch)
+    model = randomise_norms(small_cnn()).eval()
+    with torch.no_grad():
+        model[-1].weight.mul_(100)  # a network that is sure of something
+    row = healing.measure(model, {"groups": 4, "softness": 0}, torch.randn(30, 3, 8, 8), tmp_path / "state", steps=2)
+    assert (row["before"]["photos"], row["healing"]["photos"], row["healing"]["held_out"]) == (10, 15, 5)
+    table = healing.as_table([{"model": "small", "case": "pure", **row}])
+    assert table.splitlines()[-1].startswith("| small | pure | ")
+    assert table.splitlines()[-1].count("|") == 12

@@ -1,0 +1,99 @@
+"""What healing brings: converted networks before and after `gnswap.heal`, on photos that took no part in it.
+
+    pip install -e '.[dev]'
+    python examples/benchmarks/healing.py            # about ten minutes a row on two cores
+
+Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 from a Debian package (`photos.py`) and
+28 from pip packages. Two of three heal (a quarter of these judges on the way), every third is kept for the table. The
+options of `heal` are its defaults. Rows are stored as they are measured, and a row that was interrupted goes on at its
+last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from photos import CACHE, photos
+from rich.progress import track
+from torch import Tensor, nn
+
+import gnswap
+from gnswap import _samples
+from gnswap._photos import PhotoBatches
+
+MODELS = {"tf_efficientnet_lite0": _samples.lite0, "tf_efficientnet_lite1": _samples.lite1}
+CASES: dict[str, dict[str, Any]] = {
+    "8 groups, pure": {"groups": 8, "softness": 0},
+    "pure": {"softness": 0},
+    "as it comes": {},
+}
+
+
+def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches to heal with, and batches for the table."""
+    judges = torch.arange(len(x)) % 3 == 2
+    return list(x[~judges].split(16)), list(x[judges].split(16))
+
+
+def measure(model: nn.Module, options: dict[str, Any], x: Tensor, checkpoint: Path, *, steps: int) -> dict[str, Any]:
+    """One row of the table."""
+    photos_to_heal, judges = split(x)
+    converted = gnswap.convert(model, **options).model
+    before = gnswap.compare(model, converted, judges, layers=False)
+    healing = gnswap.heal(converted, model, photos_to_heal, steps=steps, checkpoint=checkpoint)
+    after = gnswap.compare(model, converted, judges, layers=False)
+    return {"before": before.to_dict(), "after": after.to_dict(), "healing": healing.to_dict()}
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown."""
+    cells = []
+    for row in rows:
+        shares = [
+            f"{row[when][key]:.3f}" for key in ("agreement", "agreement_sure", "kl") for when in ("before", "after")
+        ]
+        healing = row["healing"]
+        minutes = f"{healing['looks'][-1]['seconds'] / 60:.1f}"
+        cells.append([row["model"], row["case"], *shares, str(healing["steps"]), str(healing["best_step"]), minutes])
+    header = ["network", "conversion", "agreement", "healed", "where sure", "healed", "KL", "healed"]
+    return markdown_table([*header, "steps", "best", "minutes"], cells)
+
+
+def main() -> None:
+    """Measure what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fresh", action="store_true", help="measure every row again")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where photos and checkpoints are (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of healing (%(default)s)")
+    arguments = parser.parse_args()
+    code, steps = code_version(), arguments.steps
+    files = photos(arguments.cache)
+    rows = Rows(RESULTS / "healing.rows.jsonl", code, fresh=arguments.fresh)
+    keys = {(name, case): f"{name}: {case}, {steps} steps" for name in MODELS for case in CASES}
+    for name, build in MODELS.items():
+        missing = [case for case in CASES if keys[name, case] not in rows]
+        if not missing:
+            continue
+        model = build()
+        samples = [photo.image for photo in _samples.sample_photos()]
+        x = torch.cat(list(track(PhotoBatches([*samples, *files], model), "photos", transient=True)))
+        for case in missing:
+            print(f"{keys[name, case]}", file=sys.stderr)
+            checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
+            row = measure(model, CASES[case], x, checkpoint, steps=steps)
+            rows.add(keys[name, case], {"model": name, "case": case, **row})
+            shutil.rmtree(checkpoint)
+    ordered = [rows.rows[key] for key in keys.values()]
+    data = {**environment(code), "threads": torch.get_num_threads(), "rows": ordered}
+    judged = ordered[0]["after"]["photos"]
+    write("healing", f"Healing, judged on {judged} photos that took no part in it", as_table(ordered), data)
+
+
+if __name__ == "__main__":
+    main()
