@@ -91,7 +91,7 @@ def _view(benchmark: Benchmark, title: str) -> RenderableType:
         for file in benchmark.files
         if file.parts
     ]
-    threads = "" if benchmark.threads is None else f", {benchmark.threads} threads"
+    threads = "" if benchmark.threads is None else f", {benchmark.threads} thread{'s' * (benchmark.threads > 1)}"
     where = f"{benchmark.provider}{threads}, input {', '.join(benchmark.input_shapes)}"
     return Group(
         _cli_tables.comparison_view(escape(title), columns, rows),

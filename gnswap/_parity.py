@@ -19,14 +19,14 @@ from gnswap._record import Record
 
 FACTOR = {torch.float64: 256.0, torch.float32: 256.0, torch.float16: 8.0, torch.bfloat16: 8.0}
 """How many times torch's own error a file may be off. In half precision the rounding of every stored value dominates,
-which both sides do alike. In fp32 onnxruntime's InstanceNormalization (1.31.1, CPU), which sums plainly, was measured
-at up to 82 times torch's error (EfficientNet-Lite0, tiny variance), its unsafe GroupNormalization at 1000 and more."""
+which both sides do alike. In fp32 onnxruntime's statistics (1.31.1, CPU), plain sums over whole groups, were measured
+at up to 86 times torch's error (EfficientNet-Lite0, a constant image), its unsafe GroupNormalization at over 1000."""
 
 FLOOR_IN_EPS = 16.0
 """The bound is never below this many units of rounding of the file's precision: on a few numbers torch's error may
 be zero by chance."""
 
-CAP = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+CAP = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.25}
 """The bound is never above this: where torch itself loses that much, no file can be judged."""
 
 WITHOUT_EXACT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
