@@ -128,7 +128,7 @@ def _require_networks(converted: nn.Module, original: nn.Module) -> Applied:
             found=type(converted).__qualname__,
         )
     trained = {name: p for name, p in converted.named_parameters() if p.requires_grad}
-    theirs = {tensor.data_ptr() for tensor in original.parameters()}
+    theirs = {tensor.data_ptr() for tensor in original.parameters() if tensor.numel()}
     half = [name for name, p in trained.items() if p.dtype not in (torch.float32, torch.float64)]
     shared = [name for name, p in trained.items() if p.data_ptr() in theirs]
     layers = {path for path, _ in original.named_modules(remove_duplicate=False)}

@@ -87,6 +87,8 @@ class Healer:
 
     def start(self) -> None:
         """From the checkpoint where there is one, else with a first look."""
+        with torch.no_grad():
+            self.distillation.loss(self.photos[:1])  # refuses networks that do not correspond
         self.processes.wait()
         task = crc(self.job.to_json() + self.start_weights)
         if not self.processes.agree(int(task, 16)):

@@ -340,9 +340,13 @@ class TestRefusals:
         original, converted = networks()
         converted[-1] = nn.Linear(24, 6)
         with pytest.raises(ArgumentError, match="the two networks' outputs do not correspond"):
-            gnswap._distill.Distillation(original, converted, ["1"], photos(4), is_classifier=True, features=1.0).loss(
-                photos(4)
-            )
+            gnswap.heal(converted, original, [photos()])
+
+    def test_layers_that_are_used_differently(self) -> None:
+        original, converted = networks()
+        converted[2] = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+        with pytest.raises(ArgumentError, match="the two networks use a layer differently"):
+            gnswap.heal(converted, original, [photos()])
 
     def test_photos(self) -> None:
         original, converted = networks()
