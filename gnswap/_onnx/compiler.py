@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gnswap._onnx import fold, norm, order, targets
-from gnswap._onnx.edit import Array, remove_unused
+from gnswap._onnx.edit import Array, remove_unused, take_over
 from gnswap._onnx.lowering import Lowering
 from gnswap._record import Record
 
@@ -57,10 +57,7 @@ def lower(graph: Any, norms: Norms, choice: Choice) -> tuple[NormExport, ...]:
     for one in norms:
         lowering, reason = choice(one)
         rows.append(_row(one, lowering, reason))
-        y, written = one.y, lowering.write(norm.Writer(graph, one, cache), one.x)
-        if y.is_graph_output():  # the name of an output is what users know it by
-            y.name, written.name = written.name, y.name
-        y.replace_all_uses_with(written, replace_graph_outputs=True)
+        take_over(one.y, lowering.write(norm.Writer(graph, one, cache), one.x))
         graph.remove(one.node, safe=True)
     graph.opset_imports.pop(norm.DOMAIN, None)
     remove_unused(graph)

@@ -69,16 +69,22 @@ def remove_unused(graph: Any) -> None:
             del graph.initializers[name]
 
 
-def gather(graph: Any, node: Any, x: Any, indices: Array, name: str, *, behind: bool = False) -> Any:
-    """`x[:, indices]`: in front of a node, or behind it and in the place of its output `x`; returns the new value."""
+def take_over(old: Any, new: Any) -> None:
+    """Let everything that reads one value read another one; a graph's output keeps the name that users know it by."""
+    if old.is_graph_output():
+        old.name, new.name = new.name, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def gather_behind(graph: Any, node: Any, indices: Array) -> Any:
+    """`y[:, indices]` in the place of a node's output `y`; returns the new value."""
     import onnx_ir as ir
 
-    order = constant(graph, f"{name}.channel_order" if name else "channel_order", indices, ir.DataType.INT64)
-    output = ir.Value(name=f"{x.name}.{order.name}", type=x.type, shape=x.shape)
-    if behind:
-        if x.is_graph_output():  # the name of an output is what users know it by
-            x.name, output.name = output.name, x.name
-        x.replace_all_uses_with(output, replace_graph_outputs=True)
-    mover = ir.node("Gather", [x, order], {"axis": 1}, outputs=[output], metadata_props=dict(node.metadata_props))
-    (graph.insert_after if behind else graph.insert_before)(node, mover)
+    y = node.outputs[0]
+    order = constant(graph, f"{y.name}.channel_order", indices, ir.DataType.INT64)
+    output = ir.Value(name=f"{y.name}.ordered", type=y.type, shape=y.shape)
+    take_over(y, output)
+    graph.insert_after(
+        node, ir.node("Gather", [y, order], {"axis": 1}, outputs=[output], metadata_props=dict(node.metadata_props))
+    )
     return output

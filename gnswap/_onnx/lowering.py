@@ -43,8 +43,18 @@ class Lowering:
         """Write the nodes; returns `y`, of the shape of x."""
         norm = writer.norm
         x = _mapped(self.affine, writer, x, norm.scale, norm.shift, "standardisation")
+        x = _gathered(writer, x, norm.gather_before)
         normalised = _ungrouped(writer, self.statistics(writer, _grouped(writer, x)))
+        normalised = _gathered(writer, normalised, norm.gather_behind)
         return _mapped(self.affine, writer, normalised, norm.weight, norm.bias, "affine")
+
+
+def _gathered(writer: Writer, x: Any, indices: Array | None) -> Any:
+    import onnx_ir as ir
+
+    if indices is None:
+        return x
+    return writer.op("Gather", x, writer.constant("channel_order", indices, ir.DataType.INT64), axis=1)
 
 
 def _grouped(writer: Writer, x: Any) -> Any:

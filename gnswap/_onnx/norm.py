@@ -37,7 +37,8 @@ class Norm:
         order: int64 `[C]`, or None.
         folded: name of the layer that took scale and shift; None where nobody did.
         ordered: whether there was an order.
-        gathers: how many times the channels are moved at run time because of the order.
+        gather_before, gather_behind: indices by which channels are moved at run time, before and behind the
+            statistics, or None.
     """
 
     node: Any
@@ -52,7 +53,8 @@ class Norm:
     order: Array | None
     folded: str | None = None
     ordered: bool = False
-    gathers: int = 0
+    gather_before: Array | None = None
+    gather_behind: Array | None = None
 
     @property
     def x(self) -> Any:
@@ -88,6 +90,11 @@ class Norm:
                 return None
             total *= size
         return total
+
+    @property
+    def gathers(self) -> int:
+        """How many times the channels are moved at run time."""
+        return (self.gather_before is not None) + (self.gather_behind is not None)
 
     @property
     def rows(self) -> int:
