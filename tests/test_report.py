@@ -84,7 +84,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_field_of_a_decision_is_a_levers_or_none_at_all() -> None:
     """A new way to keep the function has to be taken apart here as well."""
-    no_lever = {"paths", "norm_type", "num_channels", "action", "reason", "num_groups", "evidence"}
+    no_lever = {"paths", "norm_type", "num_channels", "action", "reason", "num_groups", "absorbs", "evidence"}
     pulled = [field for lever in LEVERS for field in lever.fields]
     assert sorted([*pulled, *no_lever]) == sorted(field.name for field in dataclasses.fields(Decision))
 
@@ -140,6 +140,16 @@ def test_the_notes_are_the_conversions(net: nn.Module, photos: list[Tensor]) -> 
     assert found.notes == conversion.report.notes[1:]
     assert found.notes[-1].startswith("target 0.2")
     assert gnswap.report(net, conversion.model).notes == conversion.plan.notes
+
+
+def test_layers_that_absorb_an_activation(net: nn.Module, photos: list[Tensor], tmp_path: Path) -> None:
+    conversion = gnswap.convert(net, absorb=True)
+    assert conversion.plan.decisions[0].absorbs == ("2",)
+    found = gnswap.report(net, conversion, photos, directory=tmp_path)
+    for stage in found.stages:
+        assert [error.name for error in stage.fidelity.layers] == [layer.name for layer in found.layers] == ["1", "4"]
+    measured = compare(net, conversion.model, photos).layers
+    assert [error.relative_error for error in found.stages[-1].fidelity.layers] == [e.relative_error for e in measured]
 
 
 def test_the_interval_is_wilsons() -> None:

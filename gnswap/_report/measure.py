@@ -8,7 +8,8 @@ Each photo goes through the network once for each stage, once for the original, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def measure(
             worst.add(x, expected, found, classes=itself.answers.classifier)
     if not parts:
         raise no_photos("measure on")
-    return [run.stage() for run in runs], parts[0].merge(*parts[1:])
+    called = {swap.output_path or swap.name: swap.name for swap in stages[0][1]}
+    return [run.stage(called) for run in runs], parts[0].merge(*parts[1:])
 
 
 class _Run:
@@ -101,8 +103,10 @@ class _Run:
         self.answers.add(len(x), expected, found, labels)
         return found
 
-    def stage(self) -> Stage:
-        return Stage(self.lever.name, self.lever.what, self.answers.result(self.errors.result()))
+    def stage(self, called: Mapping[str, str]) -> Stage:
+        """What was seen, with the layers under the names that the plan has for them."""
+        errors = (dataclasses.replace(error, name=called[error.name]) for error in self.errors.result())
+        return Stage(self.lever.name, self.lever.what, self.answers.result(tuple(errors)))
 
 
 def _answering_as(
