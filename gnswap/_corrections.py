@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from gnswap import ops
 from gnswap._build import build_layer
 from gnswap._norms import NormState, read_norm
+from gnswap._progress import shown
 from gnswap._records import Decision
 from gnswap._running import ROWS, batched, eval_mode, placed
 from gnswap._sites import get
@@ -93,10 +94,11 @@ def _fitted(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Te
                 if decision.standardise and (state := read_norm(norm)).running_var is not None:
                     pairs[index] = _Pair(norm, state, decision)
                     hooks.callback(norm.register_forward_hook(pairs[index], prepend=True).remove)
-        for _ in range(_PASSES):
+        for turn in range(_PASSES):
             for pair in pairs.values():
                 pair.turn = 0
-            for batch in batched(photos, ROWS):
+            text = f"correcting on {len(photos)} photos, pass {turn + 1} of {_PASSES}"
+            for batch in shown(batched(photos, ROWS), text, -(-len(photos) // ROWS)):
                 model(placed(torch.cat([batch, batch]), model))
     return [pairs[index].decision if index in pairs else decision for index, decision in enumerate(decisions)]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gnswap._errors import ArgumentError, CalibrationError
 from gnswap._norms import NormState, read_norm, refusal
 from gnswap._order import Tables
+from gnswap._progress import shown
 from gnswap._running import ROWS, chunks, eval_mode, keys, no_photos, placed, require_finite
 from gnswap._sites import find_norms, fingerprint, get, require_plain
 
@@ -124,7 +125,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> ChannelStatistics:
     with eval_mode(model), torch.no_grad(), contextlib.ExitStack() as hooks:
         for name, listener in listeners.items():
             hooks.callback(get(model, name).register_forward_pre_hook(listener, prepend=True).remove)
-        for x, _ in chunks(batches, ROWS):
+        for x, _ in shown(chunks(batches, ROWS), "calibrating"):
             require_finite(x)
             batch = keys(x)
             for listener in listeners.values():

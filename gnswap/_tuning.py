@@ -1,8 +1,8 @@
 """Choosing by photos: groups, order, signs, softness and corrections, from one pass and a few looks at the answers.
 
-Two kinds of evidence. What belongs to one layer (its groups, order and signs) is chosen from the statistics of one
-pass, by closed forms. What only shows at the network's output (how soft it has to be, whether corrections help) is
-tried out, on the photos that the other choices were not made on.
+Two kinds of evidence. What belongs to one layer (its groups, order and signs) is searched in the statistics of one
+pass, by closed forms. What only shows at the network's output (whether those choices together help, how soft it has to
+be, whether corrections help) is tried out there, on the photos that the search did not see.
 
 Why nothing is made up where there are no photos: order and signs from 64 synthetic pictures (dead leaves with 1/f
 noise) did not carry over to photos. Pure GroupNorm, agreement (KL) on 96 photos, natural order against that one:
@@ -15,6 +15,7 @@ Why this is not in `plan` itself: a plan without photos rests on arithmetic alon
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ from gnswap._moments import ChannelStatistics, collect
 from gnswap._norms import read_norm
 from gnswap._order import Arrangement, Tables, arrange, held_out, relative_error
 from gnswap._policy import Policy
+from gnswap._progress import shown
 from gnswap._records import Decision
 from gnswap._running import ROWS, batched, photos_in
 from gnswap._sites import get
@@ -78,13 +80,17 @@ def tuned(
     else:
         photos = photos_in(calibration)
         statistics = collect(model, batched(photos, ROWS))
-    layers = [_Layer.of(model, draft, statistics, policy) for draft in drafts]
+    known = [_Layer.of(model, draft, statistics) for draft in drafts]
+    candidates = _candidates(known, policy)
     apart = held_out(torch.arange(statistics.samples)).tolist()
     notes = [f"chosen on {statistics.samples - sum(apart)} photos and judged on {sum(apart)} others"]
-    if not photos or not any(layer.decision.action == "swap" for layer in layers):
+    if not photos or not any(layer.decision.action == "swap" for layer in known):
+        *_, layers = candidates.values()
         return [layer.decision for layer in layers], notes
+    jury = Jury(model, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
+    layers, note = _best(candidates, jury)
+    notes.append(note)
     if policy.fidelity is not None:
-        jury = Jury(model, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
         layers, note = _soft_enough(layers, jury, policy.fidelity, policy.max_softness)
         notes.append(note)
     decisions = [layer.decision for layer in layers]
@@ -92,6 +98,43 @@ def tuned(
         decisions, note = corrected(model, decisions, photos)
         notes.append(note)
     return decisions, notes
+
+
+def _candidates(known: Sequence[_Layer], policy: Policy) -> dict[str, list[_Layer]]:
+    """Ways to convert the whole network, by name; the last is the one that the layers' own errors speak for.
+
+    Why several: a lever can lower the error of nearly every layer and still move the answers away. Which way is taken
+    is for the network's output to say; `_best` asks it.
+    """
+    searched = policy.order != "natural"
+    as_drafted, in_one = list(known), [layer.in_one_group() for layer in known]
+    candidates = {"as without photos": as_drafted}
+    if searched:
+        as_drafted = [layer.arranged() for layer in shown(known, "searching order and signs")]
+        candidates["with order and signs"] = as_drafted
+    if any(one is not layer for one, layer in zip(in_one, known, strict=True)):
+        if searched:
+            in_one = [
+                layer.arranged() if layer is not drafted else chosen
+                for layer, drafted, chosen in zip(
+                    shown(in_one, "searching signs of one group"), known, as_drafted, strict=True
+                )
+            ]
+        candidates["in one group" + " with signs" * searched] = in_one
+        pairs = zip(as_drafted, in_one, strict=True)
+        candidates["with groups layer by layer"] = [min(pair, key=_Layer.present_error) for pair in pairs]
+    return candidates
+
+
+def _best(candidates: dict[str, list[_Layer]], jury: Jury) -> tuple[list[_Layer], str]:
+    """The candidate whose answers to the photos held out are nearest to the original's, the first of equal ones."""
+    distances = {
+        name: jury.score([layer.decision for layer in layers]).distance
+        for name, layers in shown(candidates.items(), "trying out at the network's output", len(candidates))
+    }
+    best = min(distances, key=distances.__getitem__)
+    compared = ", ".join(f"{name} {distance:.3g}" for name, distance in distances.items())
+    return candidates[best], f"taken: {best}; distance of the answers on the photos held out: {compared}"
 
 
 def _soft_enough(layers: list[_Layer], jury: Jury, target: float, most: float) -> tuple[list[_Layer], str]:
@@ -136,34 +179,47 @@ def _soft_enough(layers: list[_Layer], jury: Jury, target: float, most: float) -
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layer:
-    """A decision with the tables of the rows held out, from which its error is estimated; None where there are none."""
+    """A decision with the tables that its layer's error is estimated from; None where there are none.
+
+    Attributes:
+        decision: so far.
+        free_groups, free_softness: what photos may choose.
+        tables: of all rows.
+        owner: which photo each row is of.
+        eps: of the norm.
+    """
 
     decision: Decision
-    free_softness: bool
-    held: Tables | None
-    eps: float
+    free_groups: bool = False
+    free_softness: bool = False
+    tables: Tables | None = None
+    owner: Tensor | None = None
+    eps: float = 0.0
 
     @classmethod
-    def of(cls, model: nn.Module, draft: Draft, statistics: ChannelStatistics, policy: Policy) -> _Layer:
-        """The layer with the groups, order and signs that the statistics choose."""
+    def of(cls, model: nn.Module, draft: Draft, statistics: ChannelStatistics) -> _Layer:
+        """The layer as it was decided without photos."""
         decision = draft.decision
         if decision.action == "keep" or not decision.standardise:
-            return cls(decision, False, None, 0.0)
+            return cls(decision)
         moments = statistics.layers.get(decision.paths[0])
         state = read_norm(get(model, decision.paths[0]))
         if moments is None or len(moments.mean) < LEAST_SAMPLES:
             rows = 0 if moments is None else len(moments.mean)
             reason = f"photos choose nothing: {rows} samples reached the layer, {LEAST_SAMPLES} are needed"
-            return cls(_because(decision, reason), draft.free_softness, None, state.eps)
+            return cls(_because(decision, reason), free_softness=draft.free_softness, eps=state.eps)
         tables = moments.tables(state)
-        layers = [
-            cls(candidate, draft.free_softness, tables.rows(held_out(moments.sample)), state.eps)
-            for candidate in _regrouped(decision, draft.free_groups)
-        ]
-        if policy.order != "natural":
-            layers = [layer._arranged(tables, moments.sample) for layer in layers]
-        best = min(layers, key=lambda layer: layer.error(layer.decision.softness))
-        return best._with_error()
+        layer = cls(decision, draft.free_groups, draft.free_softness, tables, moments.sample, state.eps)
+        return layer._with_error()
+
+    @functools.cached_property
+    def held(self) -> Tables | None:
+        """The rows held out."""
+        return None if self.tables is None or self.owner is None else self.tables.rows(held_out(self.owner))
+
+    def present_error(self) -> float:
+        """The estimated relative error of the layer's output as it is decided."""
+        return self.error(self.decision.softness)
 
     def error(self, softness: float) -> float:
         """The estimated relative error of the layer's output at a softness."""
@@ -192,13 +248,22 @@ class _Layer:
     def _with_error(self) -> _Layer:
         if self.held is None:
             return self
-        evidence = {**self.decision.evidence, "relative_error": self.error(self.decision.softness)}
+        evidence = {**self.decision.evidence, "relative_error": self.present_error()}
         return dataclasses.replace(self, decision=dataclasses.replace(self.decision, evidence=evidence))
 
-    def _arranged(self, tables: Tables, owner: Tensor) -> _Layer:
+    def in_one_group(self) -> _Layer:
+        """With one group, where the number of groups is free."""
+        if not self.free_groups or self.tables is None or self.decision.num_groups == 1:
+            return self
+        merged = dataclasses.replace(self.decision, num_groups=1)
+        return dataclasses.replace(self, decision=_because(merged, "one group on the photos"))._with_error()
+
+    def arranged(self) -> _Layer:
         """With order and signs, where they help on the samples held out."""
+        if self.tables is None or self.owner is None:
+            return self
         decision, given = self.decision, self.decision.channel_order
-        judged = arrange(tables, decision.num_groups, owner, given=given)
+        judged = arrange(self.tables, decision.num_groups, self.owner, given=given)
         found = judged.arrangement
         evidence = {
             "fluctuation_natural": judged.natural_held,
@@ -213,14 +278,7 @@ class _Layer:
             else "no order or signs from photos: none helped on others"
         )
         decision = dataclasses.replace(decision, channel_order=found.order, signs=found.signs, evidence=evidence)
-        return dataclasses.replace(self, decision=_because(decision, why))
-
-
-def _regrouped(decision: Decision, free: bool) -> list[Decision]:
-    """The numbers of groups to choose from: what was decided without photos, and one group."""
-    if not free or decision.num_groups == 1:
-        return [decision]
-    return [decision, _because(dataclasses.replace(decision, num_groups=1), "one group is better on the photos")]
+        return dataclasses.replace(self, decision=_because(decision, why))._with_error()
 
 
 def _require_same(statistics: ChannelStatistics, fingerprint: str) -> None:
