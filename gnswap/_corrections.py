@@ -58,30 +58,30 @@ def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[
     juries = [Jury(model, half) for half in halves]
     fitted = [_fitted(model, decisions, half) for half in reversed(halves)]
     before = sum(jury.score(decisions).distance for jury in juries) / 2
-    after = {
-        strength: sum(jury.score(_at(strength, found)).distance for jury, found in zip(juries, fitted, strict=True)) / 2
-        for strength in _STRENGTHS
-    }
+    after = dict.fromkeys(_STRENGTHS, 0.0)
+    for strength in _STRENGTHS:
+        for jury, found in zip(juries, fitted, strict=True):
+            after[strength] += jury.score(_at(strength, decisions, found)).distance / 2
     strength = min(_STRENGTHS, key=after.__getitem__)
     judged = f"{before:.3g} to {after[strength]:.3g} on photos that they were not fitted on"
     if not after[strength] < _WORTH * before:
         return list(decisions), f"no paired corrections: they would take the distance of the answers from {judged}"
     how = "paired corrections" if strength == 1 else f"paired corrections at strength {strength:g}"
-    return _at(strength, _fitted(model, decisions, photos)), f"{how}: distance of the answers from {judged}"
+    return _at(strength, decisions, _fitted(model, decisions, photos)), f"{how}: distance of the answers from {judged}"
 
 
-def _at(strength: float, decisions: Sequence[Decision]) -> list[Decision]:
-    """With corrections of only some of their strength."""
-    return [
-        decision
-        if decision.gain is None or decision.offset is None
-        else dataclasses.replace(
-            decision,
-            gain=tuple(value**strength for value in decision.gain),
-            offset=tuple(value * strength for value in decision.offset),
-        )
-        for decision in decisions
-    ]
+def _at(strength: float, decisions: Sequence[Decision], fitted: Sequence[Decision]) -> list[Decision]:
+    """Part of the way from the decisions as they are to the fitted ones: gains in the logarithm, offsets straight."""
+    moved = []
+    for before, after in zip(decisions, fitted, strict=True):
+        if after.gain is None or after.offset is None:
+            moved.append(after)
+            continue
+        old = before.gain or (1.0,) * len(after.gain)
+        gain = tuple(a ** (1 - strength) * b**strength for a, b in zip(old, after.gain, strict=True))
+        offset = tuple(strength * value for value in after.offset)
+        moved.append(dataclasses.replace(after, gain=gain, offset=offset))
+    return moved
 
 
 def _fitted(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> list[Decision]:

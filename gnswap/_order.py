@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 _RANK = 48  # leading directions of each table that take part in the search; the rest is mostly noise
 _ROUNDS = 200  # of exchanges between groups; the search has settled long before
 _HELD_OUT = 4  # every 4th sample judges
+_LEVEL = (0.1, 10.0)  # bounds of `level`
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +148,36 @@ def fluctuation(tables: Tables, num_groups: int, arrangement: Arrangement) -> fl
     return float((m.square() + v.square() / 4).mean(0) @ weight / weight.sum().clamp_min(1e-30))
 
 
-def relative_error(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float, softness: float) -> float:
+def level(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float, softness: float) -> Tensor:
+    """The factor that makes each group's output as large as BatchNorm's on the samples of the tables, in the mean.
+
+    Where photos are not what the running statistics say, a group's variance is off its nominal value on all of them
+    alike, and the layer's constants are wrong by that. One number a group, so a few photos settle it:
+    the geometric mean over the samples of sqrt(v + eps + softness), over the nominal value.
+
+    Args:
+        tables, num_groups, arrangement, eps, softness: as for `relative_error`.
+
+    Returns:
+        a factor for each channel, the same in a group, fp64 `[C]`, natural order.
+    """
+    channels = tables.mean.shape[1]
+    order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
+    mean, square, nominal = _by_group(tables, num_groups, arrangement, order)
+    v = (square.mean(2) - mean.mean(2).square()).clamp_min(0) + (eps + softness)
+    factor = (v.log().mean(0) / 2).exp() / (nominal.mean(2)[0] + (eps + softness)).sqrt()
+    by_position = factor.clamp(*_LEVEL).repeat_interleave(channels // num_groups)
+    return torch.empty_like(by_position).index_copy_(0, order, by_position)
+
+
+def relative_error(
+    tables: Tables,
+    num_groups: int,
+    arrangement: Arrangement,
+    eps: float,
+    softness: float,
+    gain: Sequence[float] | None = None,
+) -> float:
     """How far one GroupNorm's output is from the BatchNorm's on the same input: ‖difference‖ / ‖BatchNorm's output‖.
 
     Exact for the samples of the tables, beta left out: sample by sample the GroupNorm gives a·x̂ + b for a channel, so
@@ -158,21 +189,32 @@ def relative_error(tables: Tables, num_groups: int, arrangement: Arrangement, ep
         arrangement: order and signs.
         eps: of the norm.
         softness: added to the variance beside eps.
+        gain: a factor on the output for each channel, natural order; None is all 1.
     """
-    samples, channels = tables.mean.shape
+    channels = tables.mean.shape[1]
     order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
-    signs = torch.ones(channels) if arrangement.signs is None else torch.tensor(arrangement.signs)
-    mean = (tables.mean * signs).double()[:, order].view(samples, num_groups, -1)
-    square = tables.square.double()[:, order].view(samples, num_groups, -1)
-    nominal = tables.nominal.double()[order].view(num_groups, -1).mean(1, keepdim=True)
-    weight = tables.weight.double()[order].view(num_groups, -1) / nominal.clamp_min(1e-12)
+    mean, square, nominal = _by_group(tables, num_groups, arrangement, order)
+    nominal = nominal.mean(2, keepdim=True)
+    weight = tables.weight.double()[order].view(num_groups, -1) / nominal[0].clamp_min(1e-12)
     m = mean.mean(2, keepdim=True)
     v = (square.mean(2, keepdim=True) - m.square()).clamp_min(0)
     a = ((nominal + eps + softness) / (v + eps + softness)).sqrt()
+    if gain is not None:
+        a = a * torch.tensor(gain, dtype=torch.float64)[order].view(1, num_groups, -1)
     b = -a * m
     difference = (a - 1).square() * square + 2 * (a - 1) * b * mean + b.square()
     error, size = ((part * weight).sum() for part in (difference, square))
     return float((error / size.clamp_min(1e-30)).sqrt())
+
+
+def _by_group(
+    tables: Tables, num_groups: int, arrangement: Arrangement, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed means, squares and nominal variances in fp64, `[N, G, D]`, the last `[1, G, D]`."""
+    signs = torch.ones(len(order)) if arrangement.signs is None else torch.tensor(arrangement.signs)
+    parts = (tables.mean * signs, tables.square, tables.nominal[None])
+    mean, square, nominal = (part.double()[:, order].view(len(part), num_groups, -1) for part in parts)
+    return mean, square, nominal
 
 
 def _search(tables: Tables, num_groups: int, given: tuple[int, ...] | None, *, exchange: bool) -> Arrangement:

@@ -12,14 +12,14 @@ import torch
 from _models import build, same_state
 from torch import Tensor, nn
 
-from gnswap import _corrections
+from gnswap import _corrections, _tuning
 from gnswap._apply import apply
 from gnswap._build import build_layer
 from gnswap._errors import PlanError
 from gnswap._moments import collect
 from gnswap._norms import read_norm
 from gnswap._onnx.plain import plain as plain_copy
-from gnswap._order import Arrangement, relative_error
+from gnswap._order import Arrangement, Tables, level, relative_error
 from gnswap._plan import plan
 from gnswap._records import Decision, Plan
 from gnswap._revert import revert
@@ -100,12 +100,14 @@ def test_the_estimated_error_is_the_layers_own(softness: float) -> None:
         plan(model, groups=3, softness=softness).decisions[0], channel_order=found.order, signs=found.signs
     )
     tables = collect(model, [x]).layers[""].tables(read_norm(model))
+    gain = level(tables, 3, found, model.eps, softness).tolist()
+    decision = dataclasses.replace(decision, gain=tuple(gain))
     assert model.bias is not None
     beta = model.bias.view(1, -1, 1, 1)
     with torch.no_grad():
         theirs, ours = model(x) - beta, build_layer(model, decision)(x) - beta
     expected = float((ours - theirs).norm() / theirs.norm())
-    assert relative_error(tables, 3, found, model.eps, softness) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(tables, 3, found, model.eps, softness, gain) == pytest.approx(expected, rel=1e-4)
 
 
 def test_groups_by_photos_are_no_worse_than_without() -> None:
@@ -162,20 +164,52 @@ def test_softness_that_was_given_is_not_touched() -> None:
 # corrections
 
 
-def test_corrections_repair_a_drifted_layer() -> None:
-    """The photos are louder than the running statistics say: BatchNorm passes that on, GroupNorm divides it out."""
-    model = lifelike()
-    loud = [3 * photos()[0]]
-    made = plan(model, calibration=loud, softness=0)
-    assert all(decision.gain is not None and decision.offset is not None for decision in made.swaps)
-    assert any("paired corrections" in note and "not fitted on" in note for note in made.notes)
-    other = 3 * photos(64, seed=5)[0]
-    bare = [dataclasses.replace(decision, gain=None, offset=None) for decision in made.decisions]
+LOUD = 3.0  # photos this much louder than the running statistics say: BatchNorm passes it on, GroupNorm divides it out
+
+
+def answer_errors(model: nn.Module, *decisions: Iterable[Decision]) -> list[float]:
+    other = LOUD * photos(64, seed=5)[0]
     with torch.no_grad():
         expected = model(other)
-    errors = [float((swapped_answers(model, each, other) - expected).norm()) for each in (made.decisions, bare)]
-    assert errors[0] < 0.9 * errors[1]
+    return [float((swapped_answers(model, each, other) - expected).norm()) for each in decisions]
+
+
+def test_corrections_repair_a_drifted_layer() -> None:
+    model = lifelike()
+    bare = plan(model, softness=0).decisions
+    fixed, note = _corrections.corrected(model, bare, photos_in([LOUD * photos()[0]]))
+    assert all(decision.gain is not None and decision.offset is not None for decision in fixed)
+    assert "paired corrections" in note
+    assert "not fitted on" in note
+    before, after = answer_errors(model, bare, fixed)
+    assert after < 0.9 * before
+
+
+def test_levels_repair_a_drifted_layer() -> None:
+    model = lifelike()
+    made = plan(model, calibration=[LOUD * photos()[0]], softness=0)
+    assert all(decision.gain is not None for decision in made.swaps)
+    assert any(note.startswith("levels from photos: distance") for note in made.notes)
+    before, after = answer_errors(model, plan(model, softness=0).decisions, made.decisions)
+    assert after < 0.9 * before
     assert Plan.from_json(made.to_json()) == made
+
+
+def test_levels_that_harm_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nonsense(tables: Tables, *_rest: object) -> Tensor:
+        return torch.full(tables.mean.shape[1:], 10.0)
+
+    monkeypatch.setattr(_tuning, "level", nonsense)
+    made = plan(lifelike(), calibration=photos())
+    assert all(decision.gain is None or max(decision.gain) < 2 for decision in made.swaps)
+    assert any(note.startswith("no levels from photos") for note in made.notes)
+
+
+@pytest.mark.usefixtures("graded")
+def test_of_equally_good_ways_the_plainest_is_taken() -> None:
+    made = plan(lifelike(), calibration=photos(), groups=2)
+    assert all(decision.channel_order is None and decision.signs is None for decision in made.swaps)
+    assert any("taken: as without photos" in note for note in made.notes)
 
 
 def test_corrections_that_harm_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
