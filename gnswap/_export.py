@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gnswap import _onnx_graph as onnx_graph
 from gnswap import _sites, _trace
 from gnswap._errors import ArgumentError, ExportError
-from gnswap._onnx import compiler, norm, plain, targets, write
+from gnswap._onnx import compiler, norm, plain, same, targets, write
 from gnswap._onnx.autotune import tune
 from gnswap._onnx.compiler import NormExport
 from gnswap._record import Record
@@ -283,7 +283,7 @@ def _translate(traced: _trace.Traced, input_names: list[str], output_names: list
                 opset_version=opset,
                 input_names=input_names,
                 output_names=output_names,
-                custom_translation_table=norm.translations(),
+                custom_translation_table=norm.translations() | same.translations(),
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps anything; its first line says which operator

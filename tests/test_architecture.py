@@ -28,6 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_trace",
             "_onnx",
             "_onnx.edit",
+            "_onnx.same",
             "_providers",
             "_report",
             "_report.svg",

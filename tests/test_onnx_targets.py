@@ -209,6 +209,33 @@ def test_torchs_own_group_norms_are_compiled_as_well(tmp_path: Path) -> None:
     assert relative_error(run(report, x), exact(layers, x)) < 3e-6
 
 
+def test_same_padding_leaves_height_and_width_dynamic(tmp_path: Path) -> None:
+    """timm's own expressions for the padding keep torch.export busy without an end."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        timm.layers.Conv2dSame(3, 8, 3, stride=2, bias=False),
+        FusedGroupNorm(2, 8, act="relu"),
+        timm.layers.Conv2dSame(8, 8, 5, stride=2, groups=8),
+        FusedGroupNorm(2, 8),
+        timm.layers.Conv2dSame(8, 8, 2, stride=(3, 1)),
+    ).eval()
+    report = export_onnx(layers, tmp_path / "net.onnx", torch.randn(2, 3, 16, 16))
+    assert (report.dynamic_axes, report.notes) == (("batch", "height", "width"), ())
+    for size in ((16, 16), (17, 30), (31, 5), (1, 2)):
+        x = torch.randn(2, 3, *size)
+        assert relative_error(run(report, x), exact(layers, x)) < 3e-6
+    assert type(layers[0]) is timm.layers.Conv2dSame
+
+
+def test_dilated_same_padding_is_left_to_timm(tmp_path: Path) -> None:
+    layers = nn.Sequential(timm.layers.Conv2dSame(3, 8, 3, stride=2, dilation=2)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    report = export_onnx(layers, tmp_path / "net.onnx", x)
+    assert report.dynamic_axes == ("batch",)
+    assert "height and width are fixed at 16x16: 0 is a Conv2dSame" in report.notes[0]
+    assert relative_error(run(report, x), exact(layers, x)) < 3e-6
+
+
 # half types
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gnswap import ops
 from gnswap._errors import ExportError
 from gnswap._layer import FusedGroupNorm
+from gnswap._onnx import same
 from gnswap._onnx.edit import Array
 from gnswap.ops._activations import activate
 
@@ -81,6 +82,8 @@ def plain(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module
             for name, tensor in copied.state_dict().items()
             if tensor.is_floating_point() and tensor.dtype != dtype
         }
+    for layer in copied.modules():
+        same.exchange(layer)
     for _, module in norms:
         module.__class__ = PlainGroupNorm
         assert isinstance(module, PlainGroupNorm)
