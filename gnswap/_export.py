@@ -168,7 +168,7 @@ def export_onnx(
     onnx_graph.strip_traces(graph)
     versions = _versions(onnx)
     compiled.metadata_props.clear()
-    compiled.metadata_props.update(_properties(model, target, versions))
+    compiled.metadata_props.update(_properties(model, target, versions) | compiler.layouts(found))
     proto, files = write.write(compiled, path, opset)
     return ExportReport(
         path=str(path),

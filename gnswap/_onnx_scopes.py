@@ -7,6 +7,7 @@ a node's metadata. Passes of runtimes and optimisers keep either, or the names o
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,6 +106,19 @@ def results(graph: Any, modules: Mapping[str, Iterable[str]]) -> dict[str, tuple
             for name in graph.node[index].output
             if name in data and (name in last or any(reader not in own for reader in readers.get(name, ())))
         )
+    return found
+
+
+def layouts(proto: Any) -> dict[str, list[list[int] | None]]:
+    """For norms whose results the file stores in another order: per call, the torch channel that is at each place.
+
+    An export gives a norm's channel order to the weights before and behind it, which spares moving the channels.
+
+    Returns:
+        by module path; modules in natural order are not there, single calls in natural order are None.
+    """
+    text = next((entry.value for entry in proto.metadata_props if entry.key == "gnswap.channel_layouts"), "{}")
+    found: dict[str, list[list[int] | None]] = json.loads(text)
     return found
 
 

@@ -208,7 +208,8 @@ def _layers(
     if not expected:
         judge.notes.append("layers not compared: there is no fp64 run of them, or the model has no GroupNorm")
         return
-    values = _onnx_scopes.results(proto.graph, _references.norm_paths(judge.references.own))
+    paths = _references.norm_paths(judge.references.own)
+    values = _onnx_scopes.results(proto.graph, paths)
     unclear = [name for name, calls in expected.items() if len(values[name]) != len(calls)]
     if unclear:
         more = f" and {len(unclear) - 5} more" if len(unclear) > 5 else ""
@@ -223,9 +224,13 @@ def _layers(
     with tempfile.TemporaryDirectory() as folder:
         session = _providers.open_session(_onnx_scopes.with_outputs(path, names, Path(folder)), provider)
         heard = dict(zip([output.name for output in session.get_outputs()], _providers.run(session, case), strict=True))
+    stored = _onnx_scopes.layouts(proto)
     for name, listed in wanted.items():
-        for value, (own, exact) in zip(listed, expected[name], strict=True):
+        orders = next((stored[path] for path in paths[name] if path in stored), [None] * len(listed))
+        for value, order, (own, exact) in zip(listed, orders, expected[name], strict=True):
             found = heard[value].double()
+            if order is not None:
+                found = found[:, torch.argsort(torch.tensor(order))]
             if found.shape != exact.shape:
                 judge.notes.append(f"{name} not compared: {value} in the file is {tuple(found.shape)}")
                 continue

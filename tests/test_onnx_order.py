@@ -17,6 +17,7 @@ from gnswap._apply import apply
 from gnswap._export import ExportReport, export_onnx
 from gnswap._layer import FusedGroupNorm
 from gnswap._plan import plan
+from gnswap._validate import validate_onnx
 
 
 def converted(model: nn.Module, *, seed: int = 0, group_size: int = 4) -> nn.Module:
@@ -140,6 +141,13 @@ def test_a_norm_behind_a_linear_layer(tmp_path: Path) -> None:
     report = check(rearranged(layers), torch.randn(3, 6), tmp_path / "net.onnx")
     assert report.norms[0].standardisation == "folded into 0"
     assert report.norms[0].channel_order == "in the neighbours' weights"
+
+
+def test_single_layers_are_compared_in_torchs_order(tmp_path: Path) -> None:
+    model, x = converted(randomise_norms(Residual())), torch.randn(2, 3, 8, 8)
+    report = export_onnx(model, tmp_path / "net.onnx", x)
+    parity = validate_onnx(report.path, model, x, provider="cpu", layers=True)
+    assert [layer.passed for layer in parity.layers] == [True, True]
 
 
 def test_what_others_read_too_is_not_folded_into(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,15 @@ def copied(model: Any, norms: Sequence[norm.Norm]) -> tuple[Any, Norms]:
     twin = model.clone()
     nodes = [one.node for one in norm.find(twin.graph)]
     return twin, [dataclasses.replace(one, node=node) for one, node in zip(norms, nodes, strict=True)]
+
+
+def layouts(norms: Norms) -> dict[str, str]:
+    """What the file says of norms whose output is stored in another order of channels (see `_onnx_scopes.layouts`)."""
+    found: dict[str, list[list[int] | None]] = {}
+    for one in norms:
+        found.setdefault(one.path, []).append(None if one.layout is None else one.layout.tolist())
+    moved = {path: calls for path, calls in found.items() if any(calls)}
+    return {"gnswap.channel_layouts": json.dumps(moved, separators=(",", ":"))} if moved else {}
 
 
 def by_target(target: targets.Target) -> Choice:

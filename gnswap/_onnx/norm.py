@@ -39,6 +39,7 @@ class Norm:
         ordered: whether there was an order.
         gather_before, gather_behind: indices by which channels are moved at run time, before and behind the
             statistics, or None.
+        layout: the natural channel that is stored at each place of y, where that is not the natural order.
     """
 
     node: Any
@@ -55,6 +56,7 @@ class Norm:
     ordered: bool = False
     gather_before: Array | None = None
     gather_behind: Array | None = None
+    layout: Array | None = None
 
     @property
     def x(self) -> Any:

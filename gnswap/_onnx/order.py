@@ -236,6 +236,7 @@ def _settle_norm(segments: _Segments, norm: Norm) -> None:
         segments.give(norm.y, working)
     given = segments.order(norm.y, channels)
     norm.gather_before, norm.gather_behind = _moves(stored, working), _moves(working, given)
+    norm.layout = None if (given == np.arange(channels)).all() else given
     for names, place in ((("scale", "shift"), stored), (("weight", "bias"), given)):
         for name in names:
             if (vector := getattr(norm, name)) is not None:
