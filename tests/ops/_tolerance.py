@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# How many times torch's own error is allowed: another order of summation may be this much less lucky.
+# How many times torch's own error is allowed: the Triton kernels merge blocks, which is less lucky at mean/std 1000.
 FACTOR = 4.0
-# And what is always allowed, in units of the dtype's eps at the largest value: the rounding of the result, and
-# for the wider types, which do not hide it behind that rounding, the arithmetic before it.
-ULPS = {torch.float64: 32.0, torch.float32: 32.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+# And what is always allowed, in units of the dtype's eps at the largest value: the rounding of the result (half a unit
+# at most), and for the wider types, which do not hide it behind that, the arithmetic before it. The largest that
+# the C++ kernels and ATen showed here: 20 in fp64, measured against fp64, 9.7 in fp32, 0.47 in the half types.
+ULPS = {torch.float64: 32.0, torch.float32: 16.0, torch.float16: 0.55, torch.bfloat16: 0.55}
 
 
 def max_error(result: Tensor, exact: Tensor) -> float:

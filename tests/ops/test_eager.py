@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +81,33 @@ def test_watched_calls_go_through_the_op() -> None:
     subclass = replace(case, x=case.x.detach().as_subclass(Subclass))()
     assert type(subclass) is Subclass
     assert torch.equal(subclass.as_subclass(Tensor), case())
+
+
+THREADS = """
+import os
+import torch
+from gnswap import ops
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+x = torch.frombuffer(bytearray(4 * 64 * 112 * 112), dtype=torch.float32).reshape(1, 64, 112, 112)
+assert "GnswapGroupNorm" in ops.group_norm(torch.ones(1, 2, 2, requires_grad=True), 1).grad_fn.name()
+before = threads()
+with torch.no_grad():
+    ops.group_norm(x, 32)
+print(threads() - before)
+"""
+
+
+@needs_eager
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux shows a process's threads")
+def test_a_large_input_is_shared_by_threads() -> None:
+    """torch starts its second thread with the first loop that has work for one."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, env=environment)
+    assert int(found.stdout) == 1, found.stderr
 
 
 @needs_eager

@@ -5,12 +5,12 @@
 // headers as they are in one version, is compiled for that version and that Python, and does nothing that the op cannot:
 // where it does not compile, calls go the other way and give the same bits.
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include "problem.h"
@@ -32,10 +32,20 @@ Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarT
 
 void copy_into(Tensor& target, const Tensor& source) { target.copy_(source); }
 
-int64_t thread_count() { return at::get_num_threads(); }
+// torch's compiled loop: at::parallel_for is inline, and compiled here without OpenMP it would use one thread.
+int64_t thread_count() {
+  uint32_t count = 1;
+  TORCH_CHECK(torch_get_num_threads(&count) == AOTI_TORCH_SUCCESS);
+  return count;
+}
 
 void parallel_for(int64_t units, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) { body(context, first, last); });
+  struct Loop { void (*body)(void*, int64_t, int64_t); void* context; } loop{body, context};
+  const ParallelFunc part = [](int64_t first, int64_t last, void* whole) {
+    const Loop* each = static_cast<const Loop*>(whole);
+    each->body(each->context, first, last);
+  };
+  TORCH_CHECK(torch_parallel_for(0, units, grain, part, &loop) == AOTI_TORCH_SUCCESS);
 }
 
 }  // namespace
