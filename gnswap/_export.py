@@ -112,7 +112,7 @@ def export_onnx(
         dynamic_batch: whether the batch size may change from call to call.
         dynamic_size: whether height and width may. Where the network does not allow it the example's size is
             written, and the report's notes say why.
-        opset: 18 to 24; None is 18, and 22 for bf16, which convolutions only have since then.
+        opset: 18 to 24; None is 20 for target "cpu", 22 for bf16, which convolutions only have since then, else 18.
         threads: for target "cpu": 1 where the session will use one thread; None means several.
         autotune: time every form on this machine, with the example as input, and keep the fastest; not for target
             "portable". The bytes then depend on the machine.
@@ -216,7 +216,7 @@ def _checked_opset(opset: int | None, dtype: torch.dtype, target: targets.Target
     # where the standard has no older form, the newest kernels are the only ones
     most = max(target.max_opset, least)
     if opset is None:
-        return least
+        return max(least, target.opset)
     if not least <= opset <= most:
         raise ArgumentError(
             "opset out of range",

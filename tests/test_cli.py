@@ -503,6 +503,21 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
         assert "CUDA" in said(result)
 
 
+def test_export_for_a_target_in_half_precision(run: Run) -> None:
+    assert run("convert", "nets:small", "-o", "out").exit_code == 0
+    arguments = ("export", "out", "-o", "o.onnx", "--model", "nets:small")
+    result = run(*arguments, "--target", "cpu", "--dtype", "fp16", "--autotune", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["target"], report["inputs"][0]["dtype"]) == ("cpu", "FLOAT16")
+    assert "by table" in report["timings"]
+    assert "the fastest of" in report["norms"][0]["reason"]
+    assert run(*arguments, "--target", "gpu").exit_code == 2
+    result = run(*arguments, "--autotune")
+    assert result.exit_code == 1
+    assert "nothing to time for every runtime" in said(result)
+
+
 def test_networks_that_do_not_say_what_they_take(run: Run) -> None:
     assert run("convert", "nets:silent", "-o", "out").exit_code == 0
     arguments = ("export", "out", "-o", "o.onnx", "--model", "nets:silent")
