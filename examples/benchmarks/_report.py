@@ -104,8 +104,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 
-def write(name: str, title: str, table: str, data: dict[str, Any]) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table."""
+def write(name: str, title: str, table: str, data: dict[str, Any], *, quiet: bool = False) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table unless `quiet`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{package} {version}" for package, version in data["versions"].items())
     text = f"# {title}\n\n{table}\n`{data['command']}` · {data['date']} · {data['machine']} · {versions}\n"
@@ -113,4 +113,5 @@ def write(name: str, title: str, table: str, data: dict[str, Any]) -> None:
         fresh = RESULTS / f"{name}{suffix}.tmp"
         fresh.write_text(content)
         fresh.replace(RESULTS / f"{name}{suffix}")
-    print(text)
+    if not quiet:
+        print(text)

@@ -1,0 +1,189 @@
+"""What each lever of the conversion keeps of a pretrained network: groups, softness, photos, corrections. No training.
+
+    pip install -e '.[dev]' && pip install --no-deps opacus==1.6.0
+    python examples/benchmarks/fidelity.py          # hours on two cores; what is measured is in the table at any time
+
+Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: the 279 of `data_free.py`, shuffled once;
+96 of them judge and are never chosen on, the plan sees 0, 16, 64 or all other 183, without labels.
+
+Rows are stored as they are measured, the ones that say most first, so the script can be stopped at any time and goes
+on where it was. A plan with photos gives two rows: one with all that the photos chose, one with order and signs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from data_free import MODELS, Recorded, by_opacus_unfused, load_photos
+from photos import CACHE, photos
+from torch import Tensor, nn
+
+import gnswap
+from gnswap import _baselines
+
+JUDGES = 96
+PHOTOS = (16, 64, 183)
+GROUPINGS: tuple[dict[str, Any], ...] = (
+    {"groups": "auto"},
+    *({"groups": groups} for groups in (8, 32, 1, 16)),
+    *({"group_size": size} for size in (32, 16, 8)),
+)
+SOFTNESS = (0.0, 1.0, 0.3, 4.0)
+TARGETS = (0.9, 0.97)
+LOOSEST = 32.0  # softness that a target may cost
+BASELINES = {
+    "naive copy of gamma and beta, 32 groups": _baselines.naive_group_norm,
+    "fresh GroupNorm, 32 groups": _baselines.fresh_group_norm,
+    "opacus ModuleValidator.fix, activations taken apart first": by_opacus_unfused,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One plan: the options, how many photos it sees; or one of the baselines."""
+
+    photos: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+    baseline: str | None = None
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name}={value}" for name, value in self.options)
+        return self.baseline or f"{said}; {self.photos} photos"
+
+
+def cells() -> list[Cell]:
+    """All that is measured, the most telling first."""
+
+    def plans(count: int, groupings: tuple[dict[str, Any], ...], softness: tuple[float, ...]) -> list[Cell]:
+        return [
+            Cell(count, tuple({**grouping, "softness": value}.items())) for value in softness for grouping in groupings
+        ]
+
+    def targets(count: int) -> list[Cell]:
+        return [Cell(count, (("groups", "auto"), ("fidelity", t), ("max_softness", LOOSEST))) for t in TARGETS]
+
+    first = [*(Cell(baseline=name) for name in BASELINES), *plans(0, GROUPINGS, (0.0, 1.0))]
+    first += plans(64, GROUPINGS[:3], (0.0, 1.0)) + targets(64) + plans(183, GROUPINGS[:3], (0.0, 1.0))
+    rest = [cell for count in (0, *PHOTOS) for cell in plans(count, GROUPINGS, SOFTNESS)]
+    return list(dict.fromkeys([*first, *rest, *(cell for count in PHOTOS for cell in targets(count))]))
+
+
+class Bench:
+    """One network with its photos."""
+
+    def __init__(self, name: str, files: list[Path]) -> None:
+        self.name, self.model = name, MODELS[name]()
+        inputs = torch.cat([batch for batch, _ in load_photos(self.model, files)])
+        inputs = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))]
+        self.judges = list(inputs[:JUDGES].split(16))
+        self.others = inputs[JUDGES:]
+        self.answers = Recorded(self.model, self.judges)
+
+    def rows(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """What a cell measures: a row for each set of levers."""
+        start = time.perf_counter()
+        if cell.baseline is not None:
+            return {"–": {"fidelity": self.fidelity(BASELINES[cell.baseline](self.model))}}
+        with warnings.catch_warnings():
+            # narrow layers cannot have 32 groups, some targets are out of reach: that is what the table says
+            warnings.filterwarnings("ignore", category=UserWarning, module="__main__")
+            chosen_on: list[Tensor] | None = list(self.others[: cell.photos].split(16)) if cell.photos else None
+            plan = gnswap.plan(self.model, **dict(cell.options), calibration=chosen_on)
+        seconds = time.perf_counter() - start
+        softness = [decision.softness for decision in plan.swaps]
+        rows = {}
+        for levers, strip in {"order and signs": {"gain": None, "offset": None}, "all": {}}.items():
+            if cell.photos == 0 and levers != "all":
+                continue
+            converted = gnswap.apply(self.model, plan.edit("*", **strip) if strip else plan)
+            rows[levers] = {
+                "fidelity": self.fidelity(converted),
+                "notes": list(plan.notes),
+                "seconds": seconds,
+                "softness": sum(softness) / len(softness),
+                "one_group": sum(decision.num_groups == 1 for decision in plan.swaps),
+            }
+        return rows
+
+    def fidelity(self, converted: nn.Module) -> dict[str, Any]:
+        return gnswap.compare(self.answers, converted, self.judges, layers=False).to_dict()
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown."""
+    cells = []
+    for row in rows:
+        fidelity = row["fidelity"]
+        shares = [f"{fidelity[key]:.3f}" for key in ("agreement", "agreement_sure", "kl")]
+        spent = [f"{row['softness']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["–", "–"]
+        cells.append([row["model"], row["cell"], row["levers"], *shares, *spent])
+    header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds to plan"]
+    return markdown_table(header, cells)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Agreement against the number of photos, a panel for each network, a line for each grouping and softness."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(MODELS), sharey=True, squeeze=False)[0], MODELS, strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["model"] == model and row["levers"] == "all":
+                said, _, count = row["cell"].rpartition("; ")
+                lines.setdefault(said, {})[int(count.split()[0])] = row["fidelity"]["agreement"]
+        for said, points in lines.items():
+            if len(points) > 1:
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=said)
+        axes.set(title=model, xlabel="photos that the plan saw", ylabel="agreement with the original", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def report(rows: Rows, code: str) -> None:
+    """Write the table and the figure of what is there."""
+    measured = list(rows.rows.values())
+    data = {**environment(code, "opacus"), "rows": measured}
+    count = len(MODELS) * len(cells())
+    done = len({(row["model"], row["cell"]) for row in measured})
+    title = f"What each lever keeps ({JUDGES} photos that no choice saw; {done} of {count} cells measured)"
+    write("fidelity", title, as_table(measured), data, quiet=True)
+    draw(measured, RESULTS / "fidelity.png")
+
+
+def main() -> None:
+    """Measure what is missing; after each cell the table says all that is known."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fresh", action="store_true", help="measure every row again")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the photos are kept (%(default)s)")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("opacus") is None:
+        sys.exit("Opacus is compared with here: pip install --no-deps opacus==1.6.0")
+    code = code_version()
+    rows = Rows(RESULTS / "fidelity.rows.jsonl", code, fresh=arguments.fresh)
+    files = photos(arguments.cache)
+    benches: dict[str, Bench] = {}
+    for cell in cells():
+        for name in MODELS:
+            if any(key.startswith(f"{name}: {cell}: ") for key in rows.rows):
+                continue
+            if name not in benches:
+                benches[name] = Bench(name, files)
+            print(f"{name}: {cell}", file=sys.stderr)
+            for levers, row in benches[name].rows(cell).items():
+                rows.add(f"{name}: {cell}: {levers}", {"model": name, "cell": str(cell), "levers": levers, **row})
+            report(rows, code)
+
+
+if __name__ == "__main__":
+    main()
