@@ -95,8 +95,8 @@ def tuned(
         *_, layers = candidates.values()
         return [layer.decision for layer in layers], notes
     jury = Jury(model, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
-    layers, found = _best(candidates, jury)
-    notes += found
+    layers, note = _best(candidates, jury)
+    notes.append(note)
     if policy.fidelity is not None:
         layers, note = _soft_enough(layers, jury, policy.fidelity, policy.max_softness)
         notes.append(note)
@@ -118,7 +118,7 @@ def _candidates(known: Sequence[_Layer], policy: Policy) -> dict[str, list[_Laye
     candidates = {"as without photos": as_drafted}
     if searched:
         as_drafted = [layer.arranged() for layer in shown(known, "searching order and signs")]
-        candidates["with order and signs"] = as_drafted
+        candidates["order and signs"] = as_drafted
     if any(one is not layer for one, layer in zip(in_one, known, strict=True)):
         if searched:
             in_one = [
@@ -127,28 +127,23 @@ def _candidates(known: Sequence[_Layer], policy: Policy) -> dict[str, list[_Laye
                     shown(in_one, "searching signs of one group"), known, as_drafted, strict=True
                 )
             ]
-        candidates["in one group" + " with signs" * searched] = in_one
+        candidates["in one group" + ", signs" * searched] = in_one
         pairs = zip(as_drafted, in_one, strict=True)
-        candidates["with groups layer by layer"] = [min(pair, key=_Layer.present_error) for pair in pairs]
+        candidates["groups layer by layer"] = [min(pair, key=_Layer.present_error) for pair in pairs]
     return candidates
 
 
-def _best(candidates: dict[str, list[_Layer]], jury: Jury) -> tuple[list[_Layer], list[str]]:
-    """The candidate whose answers to the photos held out are nearest to the original's, with levels where they help."""
-
-    def distance(layers: Sequence[_Layer]) -> float:
-        return jury.score([layer.decision for layer in layers]).distance
-
-    looks = shown(candidates.items(), "trying out at the network's output", len(candidates))
-    distances = {name: distance(layers) for name, layers in looks}
+def _best(candidates: dict[str, list[_Layer]], jury: Jury) -> tuple[list[_Layer], str]:
+    """The candidate whose answers to the photos held out are nearest to the original's, the first of equal ones."""
+    with_levels = {f"{name}, levels": [layer.with_level() for layer in one] for name, one in candidates.items()}
+    candidates = {**candidates, **with_levels}
+    distances = {
+        name: jury.score([layer.decision for layer in layers]).distance
+        for name, layers in shown(candidates.items(), "trying out at the network's output", len(candidates))
+    }
     best = min(distances, key=distances.__getitem__)
-    compared = ", ".join(f"{name} {found:.3g}" for name, found in distances.items())
-    notes = [f"distance of the answers on the photos held out: {compared}; taken: {best}"]
-    levelled = [layer.with_level() for layer in candidates[best]]
-    found = distance(levelled)
-    helped = found < distances[best]
-    notes.append(f"{'' if helped else 'no '}levels from photos: distance from {distances[best]:.3g} to {found:.3g}")
-    return levelled if helped else candidates[best], notes
+    compared = ", ".join(f"{distance:.3g} {name}" for name, distance in distances.items())
+    return candidates[best], f"taken: {best}; distance of the answers on the photos held out: {compared}"
 
 
 def _soft_enough(layers: list[_Layer], jury: Jury, target: float, most: float) -> tuple[list[_Layer], str]:
