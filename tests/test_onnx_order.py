@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import onnxruntime
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gnswap._apply import apply
 from gnswap._export import ExportReport, export_onnx
 from gnswap._layer import FusedGroupNorm
+from gnswap._onnx import order
 from gnswap._plan import plan
 from gnswap._validate import validate_onnx
 
@@ -141,6 +143,15 @@ def test_a_norm_behind_a_linear_layer(tmp_path: Path) -> None:
     report = check(rearranged(layers), torch.randn(3, 6), tmp_path / "net.onnx")
     assert report.norms[0].standardisation == "folded into 0"
     assert report.norms[0].channel_order == "in the neighbours' weights"
+
+
+def test_an_order_does_not_pass_through_values_of_unknown_shape() -> None:
+    """Whoever reads such a value could not be told of the order: a wrong answer without a word."""
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["N", 8, 4, 4]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    node = onnx_ir.node("Relu", [x])
+    assert not order._passes_on(node)
+    node.outputs[0].shape = x.shape
+    assert order._passes_on(node)
 
 
 def test_single_layers_are_compared_in_torchs_order(tmp_path: Path) -> None:

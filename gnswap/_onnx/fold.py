@@ -51,8 +51,10 @@ def fold(graph: Any, norms: Iterable[Norm], exact: Mapping[str, Array]) -> None:
 
 def _exact(value: Any, exact: Mapping[str, Array]) -> Array | None:
     found = array_of(value)
+    if found is None or value.name not in exact or exact[value.name].shape != found.shape:
+        return found
     # a name may belong to another tensor of equal numbers, which the exporter has merged with this one
-    return exact.get(value.name, found) if found is not None else None
+    return exact[value.name]
 
 
 def _output_axis(layer: Any) -> int | None:

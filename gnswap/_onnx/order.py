@@ -148,6 +148,8 @@ def _passes_on(node: Any) -> bool:
         return False
     y, x = node.outputs[0], node.inputs[0]
     kind = node.op_type
+    if any(value is not None and value.shape is None for value in (*node.inputs, y)):
+        return False  # what is behind it would not know of the order
     if kind in _ONE_BY_ONE:
         # Clip and the like have further inputs, which are single numbers
         return _has_channels(x) and all(_is_number(value) for value in node.inputs[1:] if value is not None)
