@@ -134,3 +134,31 @@ def test_healing_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     table = healing.as_table([{"model": "small", "case": "pure", **row}])
     assert table.splitlines()[-1].startswith("| small | pure | ")
     assert table.splitlines()[-1].count("|") == 12
+
+
+def test_the_ablation_measures_every_cell_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ablation = script("fidelity", monkeypatch)
+    cells = ablation.cells()
+    assert len(set(map(str, cells))) == len(cells)
+    plans = [cell for cell in cells if cell.baseline is None and "fidelity" not in dict(cell.options)]
+    assert len(plans) == (1 + len(ablation.PHOTOS)) * len(ablation.GROUPINGS) * len(ablation.SOFTNESS)
+
+
+def test_a_row_of_the_ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ablation = script("fidelity", monkeypatch)
+    bench = ablation.Bench.__new__(ablation.Bench)
+    bench.model = small_cnn().eval()
+    randomise_norms(bench.model, 0)
+    inputs = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    bench.judges, bench.others = list(inputs[:8].split(4)), inputs[8:]
+    bench.answers = ablation.Recorded(bench.model, bench.judges)
+    rows = []
+    for cell in (ablation.Cell(32, (("groups", 2), ("softness", 0.5))), ablation.Cell(0, (("groups", 2),))):
+        for levers, row in bench.rows(cell).items():
+            rows.append({"model": "tf_efficientnet_lite0", "cell": str(cell), "levers": levers, **row})
+    assert [row["levers"] for row in rows] == ["order and signs", "all", "all"]
+    assert rows[0]["softness"] == 0.5
+    assert 0 < rows[2]["fidelity"]["kl"] < 10
+    assert ablation.as_table(rows).count("\n") == 5
+    ablation.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -123,7 +123,9 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         fidelity = row["fidelity"]
-        shares = [f"{fidelity[key]:.3f}" for key in ("agreement", "agreement_sure", "kl")]
+        shares = [
+            "–" if fidelity[key] is None else f"{fidelity[key]:.3f}" for key in ("agreement", "agreement_sure", "kl")
+        ]
         spent = [f"{row['softness']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["–", "–"]
         cells.append([row["model"], row["cell"], row["levers"], *shares, *spent])
     header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds to plan"]
