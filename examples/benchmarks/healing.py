@@ -4,8 +4,8 @@
     python examples/benchmarks/healing.py            # about ten minutes a row on two cores
 
 Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 from a Debian package (`photos.py`) and
-28 from pip packages. Two of three heal (a quarter of these judges on the way), every third is kept for the table. The
-options of `heal` are its defaults. Rows are stored as they are measured, and a row that was interrupted goes on at its
+28 from pip packages. Two of three choose the plan and heal (a quarter of these judges on the way), every third is kept
+for the table. The options of `heal` are its defaults. Rows are stored as they are measured, and a row that was interrupted goes on at its
 last checkpoint.
 """
 
@@ -44,7 +44,7 @@ def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 def measure(model: nn.Module, options: dict[str, Any], x: Tensor, checkpoint: Path, *, steps: int) -> dict[str, Any]:
     """One row of the table."""
     photos_to_heal, judges = split(x)
-    converted = gnswap.convert(model, **options).model
+    converted = gnswap.convert(model, **options, calibration=photos_to_heal).model
     before = gnswap.compare(model, converted, judges, layers=False)
     healing = gnswap.heal(converted, model, photos_to_heal, steps=steps, checkpoint=checkpoint)
     after = gnswap.compare(model, converted, judges, layers=False)
