@@ -5,8 +5,8 @@
 
 Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 from a Debian package (`photos.py`) and
 28 from pip packages. Two of three choose the plan and heal (a quarter of these judges on the way), every third is kept
-for the table. The options of `heal` are its defaults. Rows are stored as they are measured, and a row that was interrupted goes on at its
-last checkpoint.
+for the table. The options of `heal` are its defaults. Rows are stored as they are measured, and a row that was
+interrupted goes on at its last checkpoint.
 """
 
 from __future__ import annotations
