@@ -1,6 +1,6 @@
 """The C++ kernels against the best that eager torch can do on the CPU, and whole training steps.
 
-    python examples/benchmarks/kernels.py            # writes results/kernels.{md,json}; under ten minutes
+    python examples/benchmarks/kernels.py            # writes results/kernels.{md,json}; some ten minutes
 
 GroupNorm + activation on every feature map of ResNet-50 (ReLU, 32 groups) and EfficientNet-Lite0 (ReLU6, 8 groups) at
 224 px, N in 1, 2, 8, contiguous and channels_last, forward (inference) and forward + backward. The opponent is the
