@@ -566,8 +566,9 @@ def test_python_dash_m(tmp_path: Path) -> None:
 def test_interrupted_while_saving(number: signal.Signals, tmp_path: Path) -> None:
     """What was there stays, and nothing is left lying about."""
     script = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         "from gnswap import _cli, _weights\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def slow(*args):\n"
         "    open('writing', 'w').close()\n"
         "    time.sleep(60)\n"
