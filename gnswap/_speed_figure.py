@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from gnswap._errors import MissingDependencyError
+from gnswap._matplotlib import require_figure
 from gnswap._speed import PARTS, Benchmark
 
 if TYPE_CHECKING:
@@ -20,13 +20,7 @@ def draw(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed, and the picture is drawn with it", fix="Run: pip install 'gnswap[report]'"
-        ) from error
-    figure = Figure(figsize=(10, 1.6 + 0.55 * len(benchmark.files)), dpi=150, layout="constrained")
+    figure = require_figure()(figsize=(10, 1.6 + 0.55 * len(benchmark.files)), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _latency(benchmark, left)
     _parts(benchmark, right)

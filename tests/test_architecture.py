@@ -20,6 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "ops._cpu_library",
             "_algebra",
             "_grouping",
+            "_matplotlib",
             "_progress",
             "_order",
             "_policy",

@@ -6,7 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING
 
-from gnswap._errors import MissingDependencyError
+from gnswap._matplotlib import require_figure
 from gnswap._report.charts import spread_stages
 from gnswap._report.levers import PLACES
 from gnswap._report.records import FidelityReport
@@ -28,12 +28,7 @@ def figures(report: FidelityReport) -> dict[str, bytes]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed, and the figures are drawn with it", fix="Run: pip install 'gnswap[report]'"
-        ) from error
+    figure_class = require_figure()
     made = {}
     wanted = {
         NAMES[0]: (_stages, bool(report.stages), 6.4, 0.8 + 0.4 * len(report.stages), 1.3),
@@ -43,7 +38,7 @@ def figures(report: FidelityReport) -> dict[str, bytes]:
     }
     for name, (draw, there, width, height, left) in wanted.items():
         if there:
-            figure = Figure(figsize=(width, height), dpi=_DPI)
+            figure = figure_class(figsize=(width, height), dpi=_DPI)
             # margins in inches; matplotlib's own layouts draw everything twice
             figure.subplots_adjust(left / width, 0.6 / height, 1 - 0.15 / width, 1 - 0.15 / height)
             draw(report, figure.subplots())
