@@ -138,13 +138,9 @@ def held_out(owner: Tensor) -> Tensor:
 
 def fluctuation(tables: Tables, num_groups: int, arrangement: Arrangement) -> float:
     """J of an arrangement, divided by the sum of the weights: about the layer's squared relative error."""
-    channels = tables.mean.shape[1]
-    order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
-    mean = tables.mean if arrangement.signs is None else tables.mean * torch.tensor(arrangement.signs)
-    by_group = (-1, num_groups, channels // num_groups)
-    m = mean.double()[:, order].view(by_group).mean(2)
-    v = (tables.square - tables.nominal).double()[:, order].view(by_group).mean(2)
-    weight = tables.weight.double()[order].view(num_groups, -1).sum(1)
+    grouped = _Grouped.of(tables, num_groups, arrangement)
+    m, v = grouped.mean.mean(2), (grouped.square - grouped.nominal).mean(2)
+    weight = grouped.weight.sum(1)
     return float((m.square() + v.square() / 4).mean(0) @ weight / weight.sum().clamp_min(1e-30))
 
 
@@ -161,13 +157,11 @@ def level(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float,
     Returns:
         a factor for each channel, the same in a group, fp64 `[C]`, natural order.
     """
-    channels = tables.mean.shape[1]
-    order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
-    mean, square, nominal = _by_group(tables, num_groups, arrangement, order)
-    v = (square.mean(2) - mean.mean(2).square()).clamp_min(0) + (eps + softness)
-    factor = (v.log().mean(0) / 2).exp() / (nominal.mean(2)[0] + (eps + softness)).sqrt()
-    by_position = factor.clamp(*_LEVEL).repeat_interleave(channels // num_groups)
-    return torch.empty_like(by_position).index_copy_(0, order, by_position)
+    grouped = _Grouped.of(tables, num_groups, arrangement)
+    v = grouped.variance() + (eps + softness)
+    factor = (v.log().mean(0) / 2).exp() / (grouped.nominal.mean(1) + (eps + softness)).sqrt()
+    by_position = factor.clamp(*_LEVEL).repeat_interleave(len(grouped.order) // num_groups)
+    return torch.empty_like(by_position).index_copy_(0, grouped.order, by_position)
 
 
 def relative_error(
@@ -191,30 +185,47 @@ def relative_error(
         softness: added to the variance beside eps.
         gain: a factor on the output for each channel, natural order; None is all 1.
     """
-    channels = tables.mean.shape[1]
-    order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
-    mean, square, nominal = _by_group(tables, num_groups, arrangement, order)
-    nominal = nominal.mean(2, keepdim=True)
-    weight = tables.weight.double()[order].view(num_groups, -1) / nominal[0].clamp_min(1e-12)
-    m = mean.mean(2, keepdim=True)
-    v = (square.mean(2, keepdim=True) - m.square()).clamp_min(0)
+    grouped = _Grouped.of(tables, num_groups, arrangement)
+    nominal = grouped.nominal.mean(1, keepdim=True)
+    weight = grouped.weight / nominal.clamp_min(1e-12)
+    v = grouped.variance()[:, :, None]
     a = ((nominal + eps + softness) / (v + eps + softness)).sqrt()
     if gain is not None:
-        a = a * torch.tensor(gain, dtype=torch.float64)[order].view(1, num_groups, -1)
-    b = -a * m
-    difference = (a - 1).square() * square + 2 * (a - 1) * b * mean + b.square()
-    error, size = ((part * weight).sum() for part in (difference, square))
+        a = a * torch.tensor(gain, dtype=torch.float64)[grouped.order].view(1, num_groups, -1)
+    b = -a * grouped.mean.mean(2, keepdim=True)
+    difference = (a - 1).square() * grouped.square + 2 * (a - 1) * b * grouped.mean + b.square()
+    error, size = ((part * weight).sum() for part in (difference, grouped.square))
     return float((error / size.clamp_min(1e-30)).sqrt())
 
 
-def _by_group(
-    tables: Tables, num_groups: int, arrangement: Arrangement, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed means, squares and nominal variances in fp64, `[N, G, D]`, the last `[1, G, D]`."""
-    signs = torch.ones(len(order)) if arrangement.signs is None else torch.tensor(arrangement.signs)
-    parts = (tables.mean * signs, tables.square, tables.nominal[None])
-    mean, square, nominal = (part.double()[:, order].view(len(part), num_groups, -1) for part in parts)
-    return mean, square, nominal
+@dataclass(frozen=True, eq=False)
+class _Grouped:
+    """Tables in the order of an arrangement, in fp64.
+
+    Attributes:
+        order: the arrangement's permutation, `[C]`.
+        mean, square: with the arrangement's signs, `[N, G, D]`.
+        nominal, weight: `[G, D]`.
+    """
+
+    order: Tensor
+    mean: Tensor
+    square: Tensor
+    nominal: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, tables: Tables, num_groups: int, arrangement: Arrangement) -> _Grouped:
+        samples, channels = tables.mean.shape
+        order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
+        mean = tables.mean if arrangement.signs is None else tables.mean * torch.tensor(arrangement.signs)
+        mean, square = (part.double()[:, order].view(samples, num_groups, -1) for part in (mean, tables.square))
+        nominal, weight = (part.double()[order].view(num_groups, -1) for part in (tables.nominal, tables.weight))
+        return cls(order, mean, square, nominal, weight)
+
+    def variance(self) -> Tensor:
+        """v of each sample and group, `[N, G]`."""
+        return (self.square.mean(2) - self.mean.mean(2).square()).clamp_min(0)
 
 
 def _search(tables: Tables, num_groups: int, given: tuple[int, ...] | None, *, exchange: bool) -> Arrangement:
