@@ -228,6 +228,11 @@ class _Layer:
         """The rows held out."""
         return None if self.tables is None or self.owner is None else self.tables.rows(held_out(self.owner))
 
+    @functools.cached_property
+    def seen(self) -> Tables | None:
+        """The other rows."""
+        return None if self.tables is None or self.owner is None else self.tables.rows(~held_out(self.owner))
+
     def present_error(self) -> float:
         """The estimated relative error of the layer's output as it is decided."""
         return self.error(self.decision.softness)
@@ -237,7 +242,8 @@ class _Layer:
         if self.held is None:
             return 0.0
         arrangement = Arrangement(self.decision.channel_order, self.decision.signs)
-        gain = self._gain_at(softness)
+        decided = softness == self.decision.softness
+        gain = self.decision.gain if decided else self._gain_at(softness)
         return relative_error(self.held, self.decision.num_groups, arrangement, self.eps, softness, gain)
 
     def within(self, error: float, most: float) -> _Layer:
@@ -266,11 +272,10 @@ class _Layer:
         return dataclasses.replace(levelled, decision=_because(decision, "level from photos"))._with_error()
 
     def _gain_at(self, softness: float) -> tuple[float, ...] | None:
-        if not self.levelled or self.tables is None or self.owner is None:
+        if not self.levelled or self.seen is None:
             return None
-        seen = self.tables.rows(~held_out(self.owner))
         arrangement = Arrangement(self.decision.channel_order, self.decision.signs)
-        return tuple(level(seen, self.decision.num_groups, arrangement, self.eps, softness).tolist())
+        return tuple(level(self.seen, self.decision.num_groups, arrangement, self.eps, softness).tolist())
 
     def _with_error(self) -> _Layer:
         if self.held is None:
