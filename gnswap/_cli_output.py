@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import Progress, track
+from rich.progress import Progress
 from torch import Tensor
+
+from gnswap._progress import shown
 
 _PIPE_WIDTH = 160  # where no terminal says how wide it is, tables must not be folded to 80 columns
 
@@ -92,4 +94,4 @@ class Watched:
         self.batches, self.text = batches, text
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(track(self.batches, self.text, len(self.batches), console=stderr(), transient=True))
+        return shown(self.batches, self.text, len(self.batches))

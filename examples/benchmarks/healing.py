@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from data_free import MODELS, load_photos
 from photos import CACHE, photos
-from rich.progress import track
 from torch import Tensor, nn
 
 import gnswap
-from gnswap import _samples
-from gnswap._photos import PhotoBatches
 
-MODELS = {"tf_efficientnet_lite0": _samples.lite0, "tf_efficientnet_lite1": _samples.lite1}
 CASES: dict[str, dict[str, Any]] = {
     "8 groups, pure": {"groups": 8, "softness": 0},
     "pure": {"softness": 0},
@@ -81,8 +78,7 @@ def main() -> None:
         if not missing:
             continue
         model = build()
-        samples = [photo.image for photo in _samples.sample_photos()]
-        x = torch.cat(list(track(PhotoBatches([*samples, *files], model), "photos", transient=True)))
+        x = torch.cat([batch for batch, _ in load_photos(model, files)])
         for case in missing:
             print(f"{keys[name, case]}", file=sys.stderr)
             checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
