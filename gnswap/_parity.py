@@ -19,8 +19,9 @@ from gnswap._record import Record
 
 FACTOR = {torch.float64: 256.0, torch.float32: 256.0, torch.float16: 8.0, torch.bfloat16: 8.0}
 """How many times torch's own error a file may be off. In half precision the rounding of every stored value dominates,
-which both sides do alike. In fp32 onnxruntime's statistics (1.31.1, CPU), plain sums over whole groups, were measured
-at up to 86 times torch's error (EfficientNet-Lite0, a constant image), its unsafe GroupNormalization at over 1000."""
+which both sides do alike. In fp32 onnxruntime (1.31.1, CPU) was measured at up to 86 times torch's error
+(EfficientNet-Lite0, a constant image; its statistics are suspected, plain sums over whole groups, which was not
+isolated), its unsafe GroupNormalization at over 1000."""
 
 FLOOR_IN_EPS = 16.0
 """The bound is never below this many units of rounding of the file's precision: on a few numbers torch's error may
