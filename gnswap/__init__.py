@@ -26,6 +26,8 @@ from gnswap._errors import (
     ValidationError,
     WrappedModelError,
 )
+from gnswap._explain import explain
+from gnswap._explanation import Explanation
 from gnswap._export import ExportReport, export_onnx
 from gnswap._fidelity import Fidelity, compare
 from gnswap._heal import heal
@@ -55,6 +57,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "Decision",
+    "Explanation",
     "ExportError",
     "ExportReport",
     "Fidelity",
@@ -85,6 +88,7 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "explain",
     "export_onnx",
     "heal",
     "inspect",

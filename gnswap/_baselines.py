@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gnswap import _norms, _sites
+from gnswap._grouping import largest_groups
 from gnswap._layer import FusedGroupNorm
 
 
@@ -60,7 +61,7 @@ def _replaced(model: nn.Module, num_groups: int, *, copy_affine: bool) -> nn.Mod
     model = copy.deepcopy(model)
     for paths, norm in _sites.find_norms(model):
         state = _norms.read_norm(norm)
-        groups = next(g for g in range(min(num_groups, state.num_channels), 0, -1) if state.num_channels % g == 0)
+        groups = largest_groups(state.num_channels, num_groups)
         layer = FusedGroupNorm(groups, state.num_channels, state.eps, affine=state.weight is not None, act=state.act)
         layer.drop = state.drop
         if copy_affine and state.weight is not None and layer.weight is not None:

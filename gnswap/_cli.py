@@ -18,8 +18,8 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import gnswap
-from gnswap import _cli_bench, _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
-from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Rebuilt
+from gnswap import _cli_bench, _cli_explain, _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
+from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Weights
 from gnswap._convert import healed
 from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
@@ -104,6 +104,9 @@ def inspect(model: ModelName, as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_NOTHING_TO_SWAP)
 
 
+app.command()(_cli_explain.explain)
+
+
 @app.command()
 def convert(
     ctx: typer.Context,
@@ -112,15 +115,8 @@ def convert(
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Where to save; a conversion that is there is replaced."),
     ],
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch timm's pretrained weights.")] = False,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights",
-            metavar="FILE",
-            help="Load these: safetensors, or a PyTorch state dict (read without running code from it).",
-        ),
-    ] = None,
+    pretrained: Pretrained = False,
+    weights: Weights = None,
     groups: Annotated[
         str, typer.Option("--groups", metavar="auto|N", help="Number of groups in every layer.")
     ] = "auto",
@@ -184,8 +180,6 @@ def convert(
 
         gnswap convert mypackage.models:build -o out --groups 8 --softness 0 --exclude 'head.*' --json
     """
-    if pretrained and weights is not None:
-        raise typer.BadParameter("give --pretrained or --weights, not both")
     if limit is not None and calib is None:
         raise typer.BadParameter("--limit is for the photos of --calib, which is not given")
     if heal is not None and calib is None:
@@ -200,13 +194,7 @@ def convert(
         "exclude": exclude or None,
     }
     require_free(output)
-    with _cli_output.step(f"building {model}" + (" with its pretrained weights" if pretrained else "")):
-        network = _cli_models.build_model(model, pretrained=pretrained)
-    if weights is not None:
-        for note in _cli_models.load_weights(network, weights):
-            _cli_output.note(note)
-    elif not pretrained and not _cli_models.is_factory(model):
-        _cli_output.note("the weights are random: give --pretrained or --weights for a network that knows something")
+    network = _cli_options.build(model, pretrained=pretrained, weights=weights)
     names: tuple[str, ...] = ()
     if calib is not None:
         photos = PhotoBatches(calib, network, limit=limit, skip_unreadable=True)

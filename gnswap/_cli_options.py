@@ -20,6 +20,15 @@ ModelName = Annotated[
         "returns the network; the current directory can be imported from.",
     ),
 ]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Fetch timm's pretrained weights.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Load these: safetensors, or a PyTorch state dict (read without running code from it).",
+    ),
+]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that gnswap convert wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Rebuilt = Annotated[
@@ -40,6 +49,20 @@ Provider = Annotated[
     Literal["cpu", "cuda", "tensorrt"],
     typer.Option("--provider", help="Where onnxruntime runs it; a fallback to the CPU is an error."),
 ]
+
+
+def build(name: str, *, pretrained: bool, weights: Path | None) -> nn.Module:
+    """The network that MODEL names, with the weights that were asked for; says so where they are random."""
+    if pretrained and weights is not None:
+        raise typer.BadParameter("give --pretrained or --weights, not both")
+    with _cli_output.step(f"building {name}" + (" with its pretrained weights" if pretrained else "")):
+        network = _cli_models.build_model(name, pretrained=pretrained)
+    if weights is not None:
+        for note in _cli_models.load_weights(network, weights):
+            _cli_output.note(note)
+    elif not pretrained and not _cli_models.is_factory(name):
+        _cli_output.note("the weights are random: give --pretrained or --weights for a network that knows something")
+    return network
 
 
 def load(directory: Path, model: str | None) -> nn.Module:

@@ -62,6 +62,22 @@ def nearest_group_size(num_channels: int, group_size: int) -> tuple[int, str | N
     return sizes[size], _changed(num_channels, f"groups of {group_size}", size == group_size, sizes[size])
 
 
+def largest_groups(num_channels: int, groups: int) -> int:
+    """The largest number of groups up to the one asked for that divides C: what scripts that copy gamma and beta take.
+
+    Unlike `nearest_groups` it makes one-channel groups, as they do.
+
+    Args:
+        num_channels: C.
+        groups: G as asked for, at least 1.
+
+    Example:
+        >>> [largest_groups(channels, 32) for channels in (64, 40, 16)]
+        [32, 20, 16]
+    """
+    return next(valid for valid in range(min(groups, num_channels), 0, -1) if num_channels % valid == 0)
+
+
 def auto_groups(num_channels: int) -> int:
     """What `groups="auto"` gives where no photos choose: two groups if each has `AUTO_GROUP_SIZE` channels, or one.
 

@@ -117,7 +117,7 @@ class Selection:
             ("order", tuple(selection.orders)),
         ):
             for pattern in patterns:
-                _require_match(f"plan.{option}", pattern, sites)
+                require_match(f"plan.{option}", pattern, sites)
         return selection
 
     def skipped(self, site: Site) -> str | None:
@@ -176,7 +176,7 @@ def _fits(site: Site, pattern: str) -> bool:
     return _names(site, pattern) or any(matches(path, pattern) for path in site.paths)
 
 
-def _require_match(where: str, pattern: str, sites: Sequence[Site]) -> None:
+def require_match(where: str, pattern: str, sites: Sequence[Site]) -> None:
     if any(_fits(site, pattern) for site in sites):
         return
     paths = [path or "(root)" for site in sites for path in site.paths]

@@ -36,6 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_report.levers",
             "_parity",
             "_speed",
+            "_explanation",
             "_stress",
             "_onnx_scopes",
             "_pairs",
@@ -43,7 +44,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_processes",
         }
     ),
-    frozenset({"ops._aten", "ops._cpu", "_onnx.norm", "_timing", "_peak_memory", "_speed_figure"})
+    frozenset({"ops._aten", "ops._cpu", "_onnx.norm", "_timing", "_peak_memory", "_speed_figure", "_explain_figure"})
     | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
     | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
     | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
@@ -54,7 +55,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb"}
         | {"_distill"}
-        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references"}
+        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references", "_squash"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
         | {
             f"_onnx.lowerings.{first}_norm{then}"
@@ -83,7 +84,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"_convert", "_store", "_samples", "_photos", "_baselines"}
+        {"_convert", "_explain", "_store", "_samples", "_photos", "_baselines"}
         | {"_cli_models", "_cli_output", "_cli_tables"}
         | {
             f"_report.{part}"
@@ -100,7 +101,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             )
         }
     ),
-    frozenset({"_cli", "_cli_bench", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
+    frozenset({"_cli", "_cli_bench", "_cli_explain", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
 )
 SAME_FLOOR = {
     ("ops._reference", "ops._activations"): "the definition of the norm ends with an activation",
@@ -146,6 +147,7 @@ SAME_FLOOR = {
     ("_tuning", "_running"): "photos are read in one way",
     ("_tuning", "_sites"): "the norms they are of",
     ("_tuning", "_trial"): "what is chosen is tried",
+    ("_squash", "_layer"): "it is what is looked at",
     ("_schedule", "_layer"): "it sets the layers' softness",
     ("_references", "_layer"): "the norms whose results are compared",
     ("_references", "_running"): "the networks run in eval mode",
@@ -184,6 +186,9 @@ SAME_FLOOR = {
     ("_cli", "_cli_bench"): "one of its commands",
     ("_cli_bench", "_cli_options"): "what several commands share",
     ("_cli_bench", "__init__"): "it calls the verb by its public name",
+    ("_cli", "_cli_explain"): "one of its commands",
+    ("_cli_explain", "_cli_options"): "what several commands share",
+    ("_cli_explain", "__init__"): "it calls the verb by its public name",
     ("_cli", "_cli_options"): "what several commands share",
     ("_cli", "_cli_validate"): "one of its commands",
     ("_cli_validate", "_cli_options"): "what several commands share",

@@ -26,7 +26,7 @@ from gnswap import _cli_models
 from gnswap._cli import app
 from tests._models import randomise_norms, same_state
 
-VERBS = ("inspect", "convert", "export", "validate", "bench", "demo", "doctor")
+VERBS = ("inspect", "explain", "convert", "export", "validate", "bench", "demo", "doctor")
 
 # A user's own module, in the directory where the command is run.
 NETS = '''
@@ -132,6 +132,8 @@ def test_version(run: Run) -> None:
         (("convert", "nets:small", "-o", "x", "--limit", "3"), "--calib"),
         (("convert", "nets:small", "-o", "x", "--heal", "3"), "--calib"),
         (("convert", "nets:small", "-o", "x", "--group-size", "0"), "--group-size"),
+        (("explain", "resnet10t", "--pretrained", "--weights", "w"), "not both"),
+        (("explain", "nets:small", "--groups", "0"), "--groups"),
         (("validate", "a.onnx", "b", "--provider", "tpu"), "tpu"),
         (("inspct", "nets:small"), "inspct"),
         (("inspect",), "MODEL"),
@@ -171,6 +173,63 @@ def test_inspect_with_nothing_to_swap(model: str, word: str, run: Run) -> None:
     result = run("inspect", model)
     assert result.exit_code == 3
     assert word in result.stdout
+
+
+# --- explain ---------------------------------------------------------------------------------------------------
+
+
+def test_explain_ranks_the_layers(run: Run) -> None:
+    result = run("explain", "test_resnet")
+    assert result.exit_code == 0, result.stderr
+    assert "gamma, beta into GroupNorm(32): worst layers" in result.stdout
+    assert "of a fresh network" in result.stdout
+    assert "the weights are random" in said(result)
+
+
+def test_explain_one_layer_as_json_with_a_figure(run: Run, tmp_path: Path) -> None:
+    result = run("explain", "nets:small", "1", "--groups", "4", "--figure", "layer.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    (layer,) = gnswap.Explanation.from_json(result.stdout).layers
+    assert (layer.name, layer.num_groups) == ("1", 4)
+    assert (tmp_path / "layer.png").stat().st_size > 1000
+    detail = run("explain", "nets:small", "1", "--groups", "4")
+    assert "3: channels 12 to 15" in detail.stdout
+    assert "gnswap: standardised, 1 group of 16, softness 1" in detail.stdout
+    assert "0: channel 0" in run("explain", "nets:small", "1").stdout
+
+
+def test_explain_of_dead_groups(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dead.py").write_text(NETS.replace("nn.ReLU(),", "nn.ReLU(), nn.BatchNorm2d(16),"))
+    state = run("explain", "dead:small", "--json")
+    assert state.exit_code == 0
+    network = _cli_models.build_model("dead:small")
+    network[1].running_var.zero_()
+    torch.save(network.state_dict(), tmp_path / "dead.pth")
+    assert run("explain", "dead:small", "--weights", "dead.pth").exit_code == 0
+    assert "none alive" in run("explain", "dead:small", "1", "--weights", "dead.pth").stdout
+
+
+def test_explain_a_saved_conversion_with_its_own_plan(run: Run, photos: Path) -> None:
+    assert run("convert", "nets:small", "-o", "saved", "--group-size", "8").exit_code == 0
+    (photos / "broken.png").write_bytes(b"no picture")
+    refused = run("explain", "saved")
+    assert refused.exit_code == 1
+    assert "Say that it is fine: --model nets:small" in said(refused)
+    result = run("explain", "saved", "--model", "nets:small", "--calib", str(photos), "--json")
+    assert result.exit_code == 0, result.stderr
+    explanation = gnswap.Explanation.from_json(result.stdout)
+    assert explanation.samples == 3
+    assert "skipped: " in said(result)
+    assert explanation.layers[0].remedy == "standardised, 2 groups of 8, softness 1"
+    assert "On 3 photos" in run("explain", "saved", "--model", "nets:small", "--calib", str(photos)).stdout
+    assert run("explain", "saved", "--pretrained").exit_code == 2
+    stray = run("explain", "nets:small", "--model", "nets:small")
+    assert stray.exit_code == 1
+    assert "--model is for a saved conversion" in said(stray)
+
+
+def test_explain_without_norms(run: Run) -> None:
+    assert run("explain", "nets:without_norms").exit_code == 3
 
 
 # --- what MODEL stands for -------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
-r"""What a GroupNorm divides its channels by, beside what BatchNorm divides them by: from small tables, in closed form.
+"""What a GroupNorm divides its channels by, beside what BatchNorm divides them by: from small tables, in closed form.
 
-Any of our layers sees channel c as :math:`z_c = a_c + b_c \hat x_c`, with :math:`\hat x_c` what BatchNorm makes of it,
-and gives :math:`\gamma_c\,\text{gain}_c (z_c - m_g) / \sqrt{v_g + e} + \beta_c`. So the channel itself is divided by a
-variance that is :math:`(v_g + e) / (b_c\,\text{gain}_c)^2` times BatchNorm's, and the mean that is subtracted lies
-:math:`(m_g - a_c) / b_c` standard deviations from BatchNorm's. Where the first is 1 and the second 0, the layer
-computes what BatchNorm did. The naive copy has a = mean, b = deviation, gain = 1; one formula shows all stages on one
-scale.
+With factor k and shift t of a channel (`gnswap._squash`), the channel itself is divided by a variance that is 1/k²
+times BatchNorm's, and the mean that is subtracted lies t/k standard deviations from BatchNorm's. Where the first is 1
+and the second 0, the layer computes what BatchNorm did; one formula shows all stages on one scale.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from gnswap._records import Decision
 from gnswap._report.levers import Lever
 from gnswap._report.records import QUANTILES, LayerReport, Spread
 from gnswap._sites import get
+from gnswap._squash import View
 
 _SAMPLES = 128  # rows of a layer's tables that the quantiles are taken over, evenly spread
 
@@ -77,28 +75,7 @@ def _spread(
     name: str, norm: nn.Module, decision: Decision, mean: Tensor, deviation: Tensor, first: Tensor, second: Tensor
 ) -> Spread:
     """At one stage; `first` and `second` are the moments of x̂ over the positions, `[N, C]`."""
-    layer = build_layer(norm, decision)
-    scale, shift, gain = (
-        default if buffer is None else buffer.detach().double().cpu()
-        for buffer, default in (
-            (layer.channel_scale, torch.ones_like(mean)),
-            (layer.channel_shift, torch.zeros_like(mean)),
-            (layer.channel_gain, torch.ones_like(mean)),
-        )
-    )
-    a, b = scale * mean + shift, scale * deviation
-    order = torch.arange(len(mean)) if layer.channel_order is None else layer.channel_order.cpu()
-    group = torch.empty_like(order)
-    group[order] = torch.arange(layer.num_groups).repeat_interleave(len(order) // layer.num_groups)
-    z1 = a + b * first
-    z2 = a.square() + 2 * a * b * first + b.square() * second
-    group_mean, group_square = (_over_groups(table[:, order], layer.num_groups) for table in (z1, z2))
-    variance = (group_square - group_mean.square()).clamp_min(0)[:, group] + layer.eps + layer.softness
-    ratio = (variance / (b * gain).square()).flatten()
-    away = ((group_mean[:, group] - a) / b).abs().flatten()
+    factor, shift = View.of(build_layer(norm, decision), mean, deviation).response(first, second)
+    ratio, away = factor.square().reciprocal().flatten(), (shift / factor).abs().flatten()
     at = torch.tensor([round(q * (len(ratio) - 1)) for q in QUANTILES])
     return Spread(name, tuple(ratio.sort().values[at].tolist()), float(away.median()))
-
-
-def _over_groups(table: Tensor, num_groups: int) -> Tensor:
-    return table.view(len(table), num_groups, -1).mean(2)
