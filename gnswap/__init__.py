@@ -36,6 +36,7 @@ from gnswap._inspect import inspect
 from gnswap._layer import FusedGroupNorm
 from gnswap._moments import ChannelStatistics, Moments
 from gnswap._norms import NormState, register_norm
+from gnswap._opacus import grad_sample_module
 from gnswap._parity import Parity
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
@@ -90,6 +91,7 @@ __all__ = [
     "convert",
     "explain",
     "export_onnx",
+    "grad_sample_module",
     "heal",
     "inspect",
     "load",

@@ -77,6 +77,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_export",
             "_validate",
             "_doctor",
+            "_opacus",
             "_benchmark",
             "_plain_exports",
             "_source",
