@@ -1,0 +1,63 @@
+"""The example scripts, as a reader would start them but with `--smoke`: they run, and what they claim is so."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def smoke(name: str) -> Any:
+    """What the script's `main` gives back; in this process, since a fresh one would import torch for seconds."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(["--smoke"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_says_how_it_is_started_and_is_tested(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert f"python examples/{name}.py" in text
+    assert "--smoke" in text
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert f'"{name}"' in tests or f"{name}.py" in tests, "no test runs this script"
+
+
+def test_convert_timm(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = smoke("convert_timm")
+    assert kept["gnswap"] >= kept["naive swap, 32 groups"] + 0.5
+    assert kept["parity"] == 1.0
+    assert "49 norms swapped, 0 kept" in capsys.readouterr().out
+
+
+def test_detection() -> None:
+    losses = smoke("detection")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_volumes() -> None:
+    table = smoke("volumes")
+    assert table["gnswap"]["modes"] == 0.0
+    assert table["BatchNorm"]["modes"] > 0.3
+
+
+def test_export_half() -> None:
+    rows = smoke("export_half")
+    assert all(passed for _, _, passed in rows.values())
+    assert rows["fp16"][0] < 0.6 * rows["fp32"][0]
+
+
+def test_federated() -> None:
+    """Averaged statistics fit nobody; a norm without statistics has none to average, nor has a frozen one."""
+    accuracy = smoke("federated")
+    assert accuracy["BatchNorm, averaged"]["client A"] < 0.5
+    assert min(accuracy["gnswap"].values()) > 0.9
+    assert min(accuracy["BatchNorm, frozen"].values()) > 0.8
