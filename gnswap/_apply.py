@@ -28,7 +28,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
     Re-running an initialisation (`init_weights`, zero-init of the last gamma) afterwards resets gamma and beta but not
     the standardisation, as it would have kept the running statistics. Fusing or re-parameterising (RepVGG, MobileOne,
-    FastViT) needs BatchNorm: do it before.
+    FastViT) needs BatchNorm: do it before. Code that picks parameters by class (no weight decay for BatchNorm2d) has to
+    name `FusedGroupNorm` as well; code that goes by shape need not.
 
     Args:
         model: a network of the architecture that the plan was made for.
@@ -61,7 +62,9 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         raise NothingToSwapError(
             "the plan swaps nothing",
             where=type(model).__qualname__,
-            found=f"{len(plan.kept)} layers kept ({kept})" if kept else "no BatchNorm",
+            expected="one BatchNorm or more that is not kept",
+            found=f"{len(plan.kept)} layer{'s' * (len(plan.kept) > 1)} kept ({kept})" if kept else "no BatchNorm",
+            fix="gnswap.inspect lists every norm of the model, and why it is kept or left alone.",
         )
     _check(model, plan)
     target = model if inplace else copied(model)
@@ -130,7 +133,12 @@ def _check(model: nn.Module, plan: Plan) -> None:
 
 def _check_swap(module: nn.Module, decision: Decision, reason: str | None) -> None:
     if reason is not None:
-        raise ModelError("this layer cannot be swapped", where=decision.name, found=reason)
+        raise ModelError(
+            "this layer cannot be swapped",
+            where=decision.name,
+            found=reason,
+            fix="A plan made for this model by gnswap.plan keeps it.",
+        )
     state = read_norm(module)
     if state.num_channels != decision.num_channels:
         raise PlanMismatchError(

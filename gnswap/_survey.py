@@ -5,7 +5,7 @@ Why this is not the verb `inspect` itself: `plan` needs the same survey, and ver
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -164,8 +164,7 @@ def _functional_notes(unique: Iterable[tuple[str, nn.Module]]) -> list[str]:
     notes = []
     for kind, paths in places.items():
         forward = read_forward(kind)
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        where = f"{paths[0]}{more}: {kind.__qualname__}"
+        where = f"{_and_more(paths)}: {kind.__qualname__}"
         if forward.on_activations:
             notes.append(f"unreachable: {where} calls batch_norm as a function in its forward; left alone")
         if forward.on_weights:
@@ -176,8 +175,16 @@ def _functional_notes(unique: Iterable[tuple[str, nn.Module]]) -> list[str]:
 
 
 def _attribute_notes(norms: Iterable[tuple[tuple[str, ...], nn.Module]]) -> list[str]:
+    """One note for each set of attributes: transformers, for one, hangs the same on every module of a network."""
+    places: dict[tuple[str, ...], list[str]] = {}
+    for paths, module in norms:
+        if names := foreign_attributes(module):
+            places.setdefault(names, []).append(_shown(paths[0]))
     return [
-        f"{_shown(paths[0])}: attributes put on it from outside go with it in a swap: {', '.join(names)}"
-        for paths, module in norms
-        if (names := foreign_attributes(module))
+        f"{_and_more(paths)}: attributes put there from outside go along in a swap: {', '.join(names)}"
+        for names, paths in places.items()
     ]
+
+
+def _and_more(paths: Sequence[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]

@@ -297,7 +297,9 @@ def test_a_parent_that_reads_running_statistics_keeps_its_norm() -> None:
 def test_pitfall_16_foreign_attributes_are_noted() -> None:
     model = small_cnn()
     model[1].lr_scale = 0.1
-    assert inspect(model).notes == ("1: attributes put on it from outside go with it in a swap: lr_scale",)
+    assert inspect(model).notes == ("1: attributes put there from outside go along in a swap: lr_scale",)
+    model[4].lr_scale = 0.2
+    assert inspect(model).notes == ("1 and 1 more: attributes put there from outside go along in a swap: lr_scale",)
 
 
 def test_pitfall_12_wrapped_models() -> None:
