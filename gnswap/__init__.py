@@ -1,7 +1,8 @@
 """gnswap: swap BatchNorm for GroupNorm in pretrained networks and keep what they know.
 
 The one list of what is public. The verbs follow the way through: `inspect` → `plan` → `apply` (all three in one
-call: `convert`) → `heal` → your own training or `save`/`load` → `export_onnx` → `validate_onnx`; `revert` goes back.
+call: `convert`) → `heal` → `finetune`, or your own training and `save`/`load` → `export_onnx` → `validate_onnx`;
+`revert` goes back.
 """
 
 from gnswap import ops
@@ -13,6 +14,7 @@ from gnswap._errors import (
     ArgumentError,
     CalibrationError,
     ExportError,
+    FinetuneError,
     GnswapError,
     HealingError,
     MissingDependencyError,
@@ -30,6 +32,8 @@ from gnswap._explain import explain
 from gnswap._explanation import Explanation
 from gnswap._export import ExportReport, export_onnx
 from gnswap._fidelity import Fidelity, compare
+from gnswap._finetune import finetune
+from gnswap._finetuning import FinetuneReport
 from gnswap._heal import heal
 from gnswap._healing import HealReport
 from gnswap._inspect import inspect
@@ -63,6 +67,8 @@ __all__ = [
     "ExportReport",
     "Fidelity",
     "FidelityReport",
+    "FinetuneError",
+    "FinetuneReport",
     "FusedGroupNorm",
     "GnswapError",
     "HealReport",
@@ -91,6 +97,7 @@ __all__ = [
     "convert",
     "explain",
     "export_onnx",
+    "finetune",
     "grad_sample_module",
     "heal",
     "inspect",

@@ -18,7 +18,16 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import gnswap
-from gnswap import _cli_bench, _cli_explain, _cli_models, _cli_options, _cli_output, _cli_tables, _cli_validate
+from gnswap import (
+    _cli_bench,
+    _cli_explain,
+    _cli_finetune,
+    _cli_models,
+    _cli_options,
+    _cli_output,
+    _cli_tables,
+    _cli_validate,
+)
 from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Weights
 from gnswap._convert import healed
 from gnswap._errors import GnswapError, NothingToSwapError
@@ -270,6 +279,7 @@ def export(
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
 
 
+app.command()(_cli_finetune.finetune)
 app.command()(_cli_validate.validate)
 app.command()(_cli_bench.bench)
 

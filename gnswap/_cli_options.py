@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gnswap import _cli_models, _cli_output, _store
 from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._head import new_head
 
 ModelName = Annotated[
     str,
@@ -74,9 +75,12 @@ def load(directory: Path, model: str | None) -> nn.Module:
                 "code that a file names is not run by itself",
                 where=str(directory),
                 found=f"built by {source}",
-                fix=f"Say that it is fine: --model {source}",
+                fix=f"Say that it is fine: --model {source.name}",
             )
-        network = _store.load(directory, None if model is None else _cli_models.build_model(model))
+        built = None if model is None else _cli_models.build_model(model)
+        if built is not None and source is not None and source.kind == "factory" and "num_classes" in source.options:
+            new_head(built, source.options["num_classes"], seed=0)  # it was fine-tuned
+        network = _store.load(directory, built)
     return network.eval()
 
 

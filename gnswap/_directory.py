@@ -119,6 +119,9 @@ def _fresh_prefix(directory: Path) -> str:
 
 def _flush(folder: Path) -> None:
     for path in folder.iterdir():
+        if path.is_dir():
+            _flush(path)
+            continue
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     _flush_entry(folder)

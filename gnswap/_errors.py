@@ -11,6 +11,7 @@
     ├── StoreError               a saved conversion that cannot be written or read
     ├── CalibrationError         photos: none, unreadable, or of the wrong shape
     ├── HealingError             healing cannot go on
+    ├── FinetuneError            fine-tuning cannot begin or go on: data, a loss that is not finite, a lost process
     ├── ExportError              the ONNX file could not be made
     ├── ValidationError          the ONNX file could not be judged
     │   └── ProviderError        the execution provider asked for does not run here
@@ -99,6 +100,10 @@ class CalibrationError(GnswapError):
 
 class HealingError(GnswapError):
     """Healing cannot go on; the network has the best weights so far."""
+
+
+class FinetuneError(GnswapError):
+    """Fine-tuning cannot begin or go on: its data, a loss that is not finite, a process that was lost."""
 
 
 class ExportError(GnswapError):

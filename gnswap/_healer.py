@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from gnswap._errors import ArgumentError, HealingError
 from gnswap._healing import HealReport, Job, Look, Progress
 from gnswap._order import held_out
 from gnswap._processes import Processes
+from gnswap._progress import counted
 from gnswap._schedule import SoftnessSchedule
 from gnswap._sites import checksum
 from gnswap._trial import Jury, answers
@@ -110,7 +110,7 @@ class Healer:
         """Until all steps are done, or it got no better for a while."""
         every = max(self.job.steps // _LOOKS, 1)
         losses: list[float] = []
-        with self._shown() as show:
+        with counted("healing", self.job.steps, self.step, hidden=self.processes.rank > 0) as show:
             while self.step < self.job.steps and not self.stopped:
                 losses.append(self._one_step())
                 self.step += 1
@@ -122,7 +122,7 @@ class Healer:
                     if self.step < self.job.steps and self._gets_no_better(every):
                         self.stopped = f"no better since step {self.best_step}"
                     self._save()
-                show()
+                show(self.step, f"healing, held out {self.looks[0].distance:.3g} to {self._best_distance():.3g}")
 
     def report(self) -> HealReport:
         """What came of it."""
@@ -276,26 +276,6 @@ class Healer:
         if self.schedule is not None:  # the first softness, which the network has no longer where it was healed before
             begun = {"softness": progress.softness, "gain": groups["gain"], "last_step": self.step}
             self.schedule.load_state_dict({**self.schedule.state_dict(), **begun})
-
-    @contextlib.contextmanager
-    def _shown(self) -> Iterator[Any]:
-        """A progress bar on stderr, on a terminal and of the first process; gives what is to be called each step."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = self.processes.rank > 0 or not console.is_terminal
-        with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
-            task = bar.add_task("healing", total=self.job.steps, completed=self.step)
-
-            def show() -> None:
-                text = f"healing, held out {self.looks[0].distance:.3g} to {self._best_distance():.3g}"
-                bar.update(task, completed=self.step, description=text)
-
-            show()
-            yield show
 
 
 def _some(names: Sequence[str]) -> list[str]:

@@ -73,9 +73,9 @@ class PhotoBatches:
                     f"{name} is too small", where="PhotoBatches", expected="1 or more", found=str(value)
                 )
         self.batch_size = batch_size
-        self.config = _config(model)
-        self._mode = _mode(self.config)
-        sources = _pictures_in(Path(photos)) if isinstance(photos, str | Path) else list(photos)
+        self.config = data_config(model)
+        self._mode = color_mode(self.config)
+        sources = pictures_in(Path(photos)) if isinstance(photos, str | Path) else list(photos)
         if not sources:
             raise CalibrationError("the list of photos is empty", where="PhotoBatches", expected="one or more")
         if limit is not None and limit < len(sources):
@@ -85,7 +85,7 @@ class PhotoBatches:
             sources = self._readable(sources)
         else:
             for source in sources:  # only the headers: an early error is worth reading them twice
-                _check_header(source)
+                check_header(source)
         self._sources = sources
 
     @property
@@ -113,13 +113,13 @@ class PhotoBatches:
         return transform
 
     def _tensor(self, source: str | Path | Image.Image) -> Tensor:
-        return self._transform(_picture(source, self._mode)).to(torch.float32)
+        return self._transform(picture(source, self._mode)).to(torch.float32)
 
     def _readable(self, sources: list[str | Path | Image.Image]) -> list[str | Path | Image.Image]:
         readable, skipped = [], []
         for source in sources:
             try:
-                _picture(source, self._mode)
+                picture(source, self._mode)
             except CalibrationError as error:
                 skipped.append(str(error))
             else:
@@ -130,7 +130,12 @@ class PhotoBatches:
         return readable
 
 
-def _pictures_in(folder: Path) -> list[str | Path | Image.Image]:
+def pictures_in(folder: Path) -> list[str | Path | Image.Image]:
+    """Every picture in a folder, at any depth, sorted; files that begin with a dot are none.
+
+    Raises:
+        CalibrationError: the folder is missing or holds no picture.
+    """
     if not folder.is_dir():
         raise CalibrationError(
             "there is no such folder", where=str(folder), fix="Give a folder with pictures in it, at any depth."
@@ -147,7 +152,8 @@ def _pictures_in(folder: Path) -> list[str | Path | Image.Image]:
     return list(files)
 
 
-def _check_header(source: str | Path | Image.Image) -> None:
+def check_header(source: str | Path | Image.Image) -> None:
+    """Raise `CalibrationError` where a file is no picture; damage further inside is not seen."""
     if isinstance(source, Image.Image):
         return
     try:
@@ -157,8 +163,12 @@ def _check_header(source: str | Path | Image.Image) -> None:
         raise _unreadable(source, error) from error
 
 
-def _picture(source: str | Path | Image.Image, mode: str) -> Image.Image:
-    """One picture, upright, opaque, in 8 bits, of mode "RGB" or "L"."""
+def picture(source: str | Path | Image.Image, mode: str) -> Image.Image:
+    """One picture, upright, opaque, in 8 bits, of mode "RGB" or "L".
+
+    Raises:
+        CalibrationError: it cannot be read.
+    """
     try:
         if isinstance(source, Image.Image):
             return _in_mode(source, mode)
@@ -191,7 +201,12 @@ def _unreadable(source: str | Path | Image.Image, error: Exception) -> Calibrati
     )
 
 
-def _config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+def data_config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """timm's data configuration of a model, or of a mapping that holds at least ``input_size``.
+
+    Raises:
+        CalibrationError: the model does not say how its photos have to be prepared.
+    """
     from timm.data.config import resolve_data_config
 
     if isinstance(model, Mapping):
@@ -209,7 +224,12 @@ def _config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     return resolve(pretrained_cfg=dict(given))
 
 
-def _mode(config: dict[str, Any]) -> str:
+def color_mode(config: dict[str, Any]) -> str:
+    """Pillow's mode for a data configuration: "RGB" or "L".
+
+    Raises:
+        CalibrationError: neither 1 nor 3 channels, or not as many means and deviations.
+    """
     channels = config["input_size"][0]
     if channels not in (1, 3) or len(config["mean"]) != channels or len(config["std"]) != channels:
         raise CalibrationError(

@@ -55,12 +55,16 @@ class Processes:
         summed: Tensor = reduce(tensor, reduction="sum")
         return summed
 
-    def mean(self, figures: list[float]) -> list[float]:
-        """The mean over all processes, figure by figure; the same bits on each."""
+    def sums(self, figures: list[float]) -> list[float]:
+        """The sums over all processes, figure by figure; the same bits on each."""
         if self._state is None:
             return figures
-        averaged: list[float] = (self.total(torch.tensor(figures, device=self._device)) / self.count).tolist()
-        return averaged
+        added: list[float] = self.total(torch.tensor(figures, dtype=torch.float64, device=self._device)).tolist()
+        return added
+
+    def mean(self, figures: list[float]) -> list[float]:
+        """The mean over all processes, figure by figure; the same bits on each."""
+        return [figure / self.count for figure in self.sums(figures)]
 
     def agree(self, number: int) -> bool:
         """Whether all processes have the same number, 0 or more and below 2^32."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
@@ -21,3 +22,22 @@ def shown(items: Iterable[_Item], text: str, total: int | None = None) -> Iterat
 
     console = Console(stderr=True)
     yield from track(items, text, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def counted(text: str, total: int, done: int = 0, *, hidden: bool = False) -> Iterator[Callable[[int, str], None]]:
+    """A bar over numbered steps, gone when the block ends; gives what is told how far it is, and in which words.
+
+    Args:
+        text: what is being done.
+        total, done: steps in all, and those done by now.
+        hidden: show nothing, as where stderr is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total, completed=done)
+        yield lambda completed, words: bar.update(task, completed=completed, description=words)

@@ -42,6 +42,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_pairs",
             "_views",
             "_processes",
+            "_finetuning",
+            "_photos",
         }
     ),
     frozenset({"ops._aten", "ops._cpu", "_onnx.norm", "_timing", "_peak_memory", "_speed_figure", "_explain_figure"})
@@ -56,6 +58,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb"}
         | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references", "_squash"}
+        | {"_datasets", "_engine", "_forgetting", "_head", "_param_groups"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
         | {
             f"_onnx.lowerings.{first}_norm{then}"
@@ -82,10 +85,12 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_plain_exports",
             "_source",
             "_weights",
+            "_batches",
         }
     ),
     frozenset(
-        {"_convert", "_explain", "_store", "_samples", "_photos", "_baselines"}
+        {"_convert", "_explain", "_store", "_samples", "_baselines"}
+        | {"_finetune", "_finetuner", "_finetuned"}
         | {"_cli_models", "_cli_output", "_cli_tables"}
         | {
             f"_report.{part}"
@@ -102,7 +107,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             )
         }
     ),
-    frozenset({"_cli", "_cli_bench", "_cli_explain", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}),
+    frozenset(
+        {"_cli", "_cli_bench", "_cli_explain", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}
+        | {"_cli_finetune"}
+    ),
 )
 SAME_FLOOR = {
     ("ops._reference", "ops._activations"): "the definition of the norm ends with an activation",
@@ -158,6 +166,17 @@ SAME_FLOOR = {
     ("_healer", "_healing"): "its records and its checkpoint",
     ("_heal", "_healer"): "which does the work",
     ("_heal", "_healing"): "what it gives back",
+    ("_forgetting", "_running"): "inputs are placed as everywhere",
+    ("_forgetting", "_sites"): "it listens at a head",
+    ("_head", "_sites"): "heads are found and replaced by their paths",
+    ("_param_groups", "_layer"): "norms can be frozen",
+    ("_param_groups", "_norms"): "the same",
+    ("_param_groups", "_sites"): "the same",
+    ("_finetune", "_finetuned"): "refuses early what could not be written",
+    ("_finetune", "_finetuner"): "which does the work",
+    ("_finetuned", "_store"): "the result is a saved network",
+    ("_finetuner", "_finetuned"): "its directory",
+    ("_finetuner", "_store"): "the best network so far comes from there",
     ("_benchmark", "_plain_exports"): "what is timed beside the file",
     ("_absorb", "_carry"): "an activation takes its hooks along as a norm does",
     ("_absorb", "_layer"): "hooks are seen there first",
