@@ -71,6 +71,7 @@ def explain(
         WrappedModelError: the model is wrapped (DDP, FSDP, torch.compile, TorchScript).
         CalibrationError: see `gnswap.calibrate`.
         MissingDependencyError: `figure` is asked for and matplotlib is not installed.
+        StoreError: `figure` cannot be written.
 
     Example:
         >>> import torch, gnswap

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from gnswap._explanation import Explanation, LayerSquash
-from gnswap._matplotlib import require_figure
+from gnswap._matplotlib import require_figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        StoreError: the file cannot be written.
     """
     figure = require_figure()(figsize=(10, 6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -38,7 +39,7 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
-    figure.savefig(path, format="png")
+    write_png(figure, path)
 
 
 def _sizes(layer: LayerSquash, axes: Axes) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gnswap._errors import MissingDependencyError
+from gnswap._errors import MissingDependencyError, StoreError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,3 +25,22 @@ def require_figure() -> type[Figure]:
             "matplotlib is not installed, and figures are drawn with it", fix="Run: pip install 'gnswap[report]'"
         ) from error
     return Figure
+
+
+def write_png(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        StoreError: the file cannot be written; what was there before is unchanged.
+    """
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(fresh, format="png")
+        fresh.replace(path)
+    except OSError as error:
+        raise StoreError(
+            "the figure cannot be written", where=str(path), found=f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)

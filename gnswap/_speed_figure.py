@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from gnswap._matplotlib import require_figure
+from gnswap._matplotlib import require_figure, write_png
 from gnswap._speed import PARTS, Benchmark
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def draw(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        StoreError: the file cannot be written.
     """
     figure = require_figure()(figsize=(10, 1.6 + 0.55 * len(benchmark.files)), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -28,7 +29,7 @@ def draw(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS), frameon=False)
     shapes = ", ".join(benchmark.input_shapes)
     figure.suptitle(f"onnxruntime {benchmark.versions['onnxruntime']}, {benchmark.provider}, input {shapes}")
-    figure.savefig(path, format="png")
+    write_png(figure, path)
 
 
 def _labels(benchmark: Benchmark) -> list[str]:

@@ -204,6 +204,15 @@ def test_figures(lite0: nn.Module, tmp_path: Path, layer: str | None) -> None:
         assert min(picture.size) > 500
 
 
+def test_a_figure_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(gnswap.StoreError, match=r"the figure cannot be written \(at .*nowhere.*FileNotFoundError"):
+        gnswap.explain(loud_and_quiet(), figure=tmp_path / "nowhere" / "found.png")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(gnswap.StoreError, match="the figure cannot be written"):
+        gnswap.explain(loud_and_quiet(), figure=tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 @pytest.mark.parametrize("groups", [0, 2.0, True])
 def test_impossible_groups(groups: int) -> None:
     with pytest.raises(gnswap.ArgumentError, match=r"impossible number of groups \(at explain.groups\)"):
