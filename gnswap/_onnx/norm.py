@@ -105,6 +105,11 @@ class Norm:
         return self.num_groups * (batch if isinstance(batch, int) else 1)
 
     @property
+    def row_length(self) -> int | None:
+        """How many numbers a group has: D * S, or None where an axis is dynamic."""
+        return None if self.positions is None else self.channels_per_group * self.positions
+
+    @property
     def is_half(self) -> bool:
         """Whether x is fp16 or bf16."""
         import onnx_ir as ir

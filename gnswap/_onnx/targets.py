@@ -15,7 +15,10 @@ from gnswap._onnx.lowerings.instance_norm_conv import INSTANCE_NORM_CONV
 from gnswap._onnx.lowerings.layer_norm import LAYER_NORM
 from gnswap._onnx.lowerings.layer_norm_batch_norm import LAYER_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.layer_norm_conv import LAYER_NORM_CONV
+from gnswap._onnx.lowerings.two_step import TWO_STEP, TWO_STEP_CONV
 from gnswap._onnx.norm import Norm
+
+_LONG_ROW = 2**17  # numbers of a group; beyond, sums from first to last are off by more than 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Target:
         lowerings: best first; the first that can write a norm is chosen.
         reason: why in this order.
         single_row: those that come before where a sample has one group only, so that threads have no rows to share.
+        long_row: those that come before all others where a group has so many numbers that onnxruntime's CPU kernels
+            lose digits, or nobody knows how many.
         shape_nodes: whether nodes that read sizes at run time are fine. Strict sessions on a GPU refuse them, since
             onnxruntime runs them on the CPU.
         opset: where none is asked for. 18 is known everywhere; 20 is the first with Gelu as one operator, without
@@ -40,6 +45,7 @@ class Target:
     lowerings: tuple[Lowering, ...]
     reason: str
     single_row: tuple[Lowering, ...] = ()
+    long_row: tuple[Lowering, ...] = ()
     shape_nodes: bool = True
     opset: int = 18
     max_opset: int = 24
@@ -51,6 +57,7 @@ _CPU_PARALLEL = Target(
     (LAYER_NORM_CONV, LAYER_NORM_BATCH_NORM, LAYER_NORM),
     "fastest on onnxruntime's CPU provider with several threads",
     single_row=(INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM),
+    long_row=(TWO_STEP_CONV, TWO_STEP),
     opset=20,
 )
 _CPU_SERIAL = Target(
@@ -58,10 +65,18 @@ _CPU_SERIAL = Target(
     "cpu",
     (INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM, INSTANCE_NORM),
     "fastest on onnxruntime's CPU provider with one thread",
+    long_row=(TWO_STEP_CONV, TWO_STEP),
     opset=20,
 )
 _OTHERS = (
-    Target("portable", None, (INSTANCE_NORM, LAYER_NORM), "kernels for it are everywhere", shape_nodes=False),
+    Target(
+        "portable",
+        None,
+        (INSTANCE_NORM, LAYER_NORM),
+        "kernels for it are everywhere",
+        long_row=(TWO_STEP,),
+        shape_nodes=False,
+    ),
     Target(
         "cuda",
         "cuda",
@@ -106,6 +121,9 @@ def candidates(norm: Norm, target: Target) -> list[tuple[Lowering, str]]:
     if norm.rows == 1 and target.single_row:
         reason = "one group is one row, on which only one thread works"
         ranked = [*((lowering, reason) for lowering in target.single_row), *ranked]
+    if not norm.is_half and (norm.row_length is None or norm.row_length > _LONG_ROW):
+        reason = "keeps its digits in rows of any length"
+        ranked = [*((lowering, reason) for lowering in target.long_row), *ranked]
     if norm.is_half:
         casting = [(lowering, reason) for lowering, reason in ranked if lowering.half_casts]
         reason = "keeps its statistics in fp32 without casts"
