@@ -65,6 +65,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             for first in ("instance", "layer")
             for then in ("", "_batch_norm", "_conv")
         }
+        | {"_onnx.lowerings.two_step"}
     ),
     frozenset(
         {
@@ -230,6 +231,7 @@ SAME_FLOOR = {
             "layer_norm",
             "layer_norm_batch_norm",
             "layer_norm_conv",
+            "two_step",
         )
     },
     ("_onnx.compiler", "_onnx.targets"): "the passes in a row",
