@@ -63,6 +63,12 @@ def _said(found: tuple[float, float, float], sign: str = "") -> str:
     return f"{middle} ({low} to {high})"
 
 
+def _table(header: list[str], cells: list[list[str]]) -> str:
+    """The rows in which anything was measured; nothing where there are none."""
+    found = [row for row in cells if any(cell != "–" for cell in row[1:])]
+    return markdown_table(header, found) if found else ""
+
+
 def accuracies(runs: Runs, batches: list[int]) -> str:
     """Accuracy of every method at every batch size, and how far it varies over the batch sizes."""
     cells = []
@@ -77,7 +83,7 @@ def accuracies(runs: Runs, batches: list[int]) -> str:
             means.append(found[0])
         spread = f"{100 * (max(means) - min(means)):.1f}" if len(means) == len(batches) else "–"
         cells.append([*cell, spread])
-    return markdown_table(["accuracy [%]", *(f"batch {batch}" for batch in batches), "varies by"], cells)
+    return _table(["accuracy [%]", *(f"batch {batch}" for batch in batches), "varies by"], cells)
 
 
 def means(runs: Runs, batches: list[int], key: str, name: str) -> str:
@@ -92,7 +98,7 @@ def means(runs: Runs, batches: list[int], key: str, name: str) -> str:
         ]
         for method in METHODS
     ]
-    return markdown_table([name, *(f"batch {batch}" for batch in batches)], cells)
+    return _table([name, *(f"batch {batch}" for batch in batches)], cells)
 
 
 def differences(runs: Runs) -> str:
@@ -106,7 +112,7 @@ def differences(runs: Runs) -> str:
                 pair = [hits(runs.get((method, batch), [])) for method in (ours, other)]
                 cell.append(_said(difference(*pair), "+") if pair[0].keys() & pair[1].keys() else "–")
             cells.append(cell)
-    return markdown_table(["points above", *others], cells)
+    return _table(["points above", *others], cells)
 
 
 def light_of(runs: Runs, method: str, batch: int) -> dict[str, dict[float, float]] | None:
@@ -133,7 +139,7 @@ def light_table(runs: Runs) -> str:
                 shown = [plain, *changed, sum(changed) / len(changed)]
                 cells.append([f"{method}, batch {batch}", *(f"{100 * value:.1f}" for value in shown)])
     header = [f"{shift} {strength:g}" for shift, strengths in SHIFTS.items() for strength in strengths]
-    return markdown_table(["accuracy [%], photos changed", "as they are", *header, "mean of the changed"], cells)
+    return _table(["accuracy [%], photos changed", "as they are", *header, "mean of the changed"], cells)
 
 
 def draw_error(runs: Runs, batches: list[int], path: Path) -> None:
@@ -177,8 +183,9 @@ def draw_light(runs: Runs, path: Path) -> None:
             axes.set(xlabel=units[shift], title=f"trained at batch {batch}")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("test accuracy")
-    if panels[0][0].lines:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    drawn = next((axes for axes in panels.flat if axes.lines), None)
+    if drawn is not None:
+        figure.legend(*drawn.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -212,5 +219,7 @@ def write_all(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> No
     }
     title = "Fine-tuning EfficientNet-Lite0 on ELPV with tiny batches"
     write("small_batch", title, "\n".join(table for table in tables if table), data, quiet=arguments.what == "train")
+    if not runs:
+        return
     draw_error(runs, batches, RESULTS / "small_batch.png")
     draw_light(runs, RESULTS / "small_batch_light.png")

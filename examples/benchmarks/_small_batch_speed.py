@@ -29,7 +29,7 @@ from gnswap._timing import ratios
 
 TIMED = ("BatchNorm", "BatchNorm, frozen", "naive GroupNorm", "gnswap, pure", "gnswap", "gnswap, healed first")
 WARM_UP, ROUNDS = 3, 30
-MEMORY_STEPS = 3
+MEMORY_STEPS, MEMORY_RUNS = 3, 3
 
 
 class Stepper:
@@ -52,11 +52,11 @@ def key(setting: Setting, batch: int) -> str:
     return f"{setting}: speed, batch {batch}"
 
 
-def times(bench: Bench, batch: int, rounds: int) -> dict[str, list[float]]:
+def times(bench: Bench, batch: int) -> dict[str, list[float]]:
     """Seconds of each step of each network, round by round."""
     steppers = {method: Stepper(bench, method, batch) for method in TIMED}
-    order, taken = random.Random(0), {method: [0.0] * rounds for method in TIMED}
-    for round_ in track(range(-WARM_UP, rounds), f"steps at batch {batch}", transient=True):
+    order, taken = random.Random(0), {method: [0.0] * ROUNDS for method in TIMED}
+    for round_ in track(range(-WARM_UP, ROUNDS), f"steps at batch {batch}", transient=True):
         for method in order.sample(TIMED, len(TIMED)):
             start = time.perf_counter()
             steppers[method]()
@@ -74,16 +74,17 @@ def peak_mb(method: str, batch: int, setting: Setting, arguments: argparse.Names
     return found
 
 
-def measure(rows: Rows, setting: Setting, arguments: argparse.Namespace, rounds: int = ROUNDS) -> None:
+def measure(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> None:
     """A row for each batch size that has none yet."""
     parts = _elpv.split(_elpv.load(setting.pixels, arguments.cache))
     bench = Bench(setting, parts, arguments.cache, rows.code)
     for batch in arguments.batches:
         if key(setting, batch) in rows:
             continue
-        taken = times(bench, batch, rounds)
+        taken = times(bench, batch)
         peaks = {
-            method: median(peak_mb(method, batch, setting, arguments, rows.code) for _ in range(3)) for method in TIMED
+            method: median(peak_mb(method, batch, setting, arguments, rows.code) for _ in range(MEMORY_RUNS))
+            for method in TIMED
         }
         found = {
             method: {
