@@ -146,6 +146,19 @@ def convert(
     order: Annotated[
         Literal["auto", "natural"], typer.Option("--order", help="Which channels share a group.")
     ] = "auto",
+    fidelity: Annotated[
+        float | None,
+        typer.Option(
+            "--fidelity",
+            metavar="X",
+            min=0.0,
+            max=1.0,
+            help="Instead of a softness: the share of photos of --calib that should keep their answer.",
+        ),
+    ] = None,
+    absorb: Annotated[
+        bool, typer.Option("--absorb", help="Let a norm compute the activation module behind it, in one pass.")
+    ] = False,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="GLOB", help="Swap only layers whose path fits. May be repeated."),
@@ -193,12 +206,16 @@ def convert(
         raise typer.BadParameter("--limit is for the photos of --calib, which is not given")
     if heal is not None and calib is None:
         raise typer.BadParameter("--heal learns from the photos of --calib, which is not given")
+    if fidelity is not None and calib is None:
+        raise typer.BadParameter("--fidelity is judged on the photos of --calib, which is not given")
     options: dict[str, Any] = {
         "groups": _number("--groups", groups, int),
         "group_size": group_size,
         "softness": _number("--softness", softness, float),
         "max_softness": max_softness,
+        "fidelity": fidelity,
         "order": order,
+        "absorb": absorb,
         "include": include or None,
         "exclude": exclude or None,
     }

@@ -353,6 +353,24 @@ def test_convert_prints_the_fidelity(run: Run, photos: Path) -> None:
     assert "skipped: the picture cannot be read" in said(result)
 
 
+def test_convert_for_a_target(run: Run, photos: Path) -> None:
+    result = run("convert", "nets:small", "-o", "out", "--calib", str(photos), "--fidelity", "0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["plan"]["options"]["fidelity"] == 0.5
+    alone = run("convert", "nets:small", "-o", "out", "--fidelity", "0.5")
+    assert alone.exit_code == 2
+    assert "--fidelity is judged on the photos of --calib" in said(alone)
+
+
+def test_convert_absorbs(run: Run) -> None:
+    result = run("convert", "test_resnet", "-o", "out", "--absorb", "--json")
+    assert result.exit_code == 0, result.stderr
+    decisions = json.loads(result.stdout)["plan"]["decisions"]
+    assert any(decision["absorbs"] for decision in decisions)
+    norms = [m for m in gnswap.load("out").modules() if isinstance(m, gnswap.FusedGroupNorm)]
+    assert any(norm.act is not None for norm in norms)
+
+
 def test_convert_a_timm_model_that_is_loaded_by_its_name(run: Run) -> None:
     result = run("convert", "test_resnet", "-o", "out", "--include", "layer1.*", "--exclude", "*bn2")
     assert result.exit_code == 0, result.stderr
