@@ -52,7 +52,7 @@ def report(
         command: what to call the way in which this came about, for the page.
 
     Returns:
-        All figures, as plain data: `FidelityReport.from_json` reads report.json.
+        All figures, as plain data: its `from_json` reads report.json.
 
     Raises:
         ArgumentError: `converted` carries no record of a conversion.
