@@ -57,7 +57,6 @@ app = typer.Typer(
     cls=_Group,
     name="gnswap",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

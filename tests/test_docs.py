@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import timm
-import torch
 import typer
 from PIL import Image
 from torch import nn
@@ -62,7 +61,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     create = timm.create_model
 
     def small(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-        model = create("resnet18" if name == "resnet18" else "test_resnet", **options)
+        model = create("resnet18" if name.startswith("resnet18") else "test_resnet", **options)
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
         return randomise_norms(model) if pretrained or name != "test_resnet" else model
 
