@@ -91,6 +91,7 @@ def tuned(
     candidates = _candidates(known, policy)
     apart = held_out(torch.arange(statistics.samples)).tolist()
     notes = [f"chosen on {statistics.samples - sum(apart)} photos and judged on {sum(apart)} others"]
+    notes += _unreached(drafts, statistics)
     if not photos or not any(layer.decision.action == "swap" for layer in known):
         *_, layers = candidates.values()
         return [layer.decision for layer in layers], notes
@@ -105,6 +106,16 @@ def tuned(
         decisions, note = corrected(model, decisions, photos)
         notes.append(note)
     return decisions, notes
+
+
+def _unreached(drafts: Sequence[Draft], statistics: ChannelStatistics) -> list[str]:
+    """A note on norms that forward does not run: heads for training only, or somebody reads their statistics."""
+    swapped = [draft.decision for draft in drafts if draft.decision.action == "swap" and draft.decision.standardise]
+    names = [decision.name for decision in swapped if decision.paths[0] not in statistics.layers]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"no photo reached {names[0]}{more}: exclude what is used outside of forward, for its statistics say"]
 
 
 def _candidates(known: Sequence[_Layer], policy: Policy) -> dict[str, list[_Layer]]:

@@ -117,6 +117,29 @@ def test_groups_by_photos_are_no_worse_than_without() -> None:
     assert "relative_error" in made.decisions[0].evidence
 
 
+class Aside(nn.Module):
+    """Norms that forward does not run: a head for training, and one whose statistics somebody else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)
+        self.aux, self.latents = nn.BatchNorm2d(16), nn.BatchNorm2d(16, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y + self.aux(y) if self.training else y
+
+
+def test_norms_that_no_photo_reaches_are_said() -> None:
+    made = plan(Aside().eval(), calibration=photos())
+    (note,) = [note for note in made.notes if "no photo" in note]
+    assert note.startswith("no photo reached aux and 1 more: exclude what is used outside of forward")
+    assert "0 samples reached the layer" in made.decisions[2].reason
+    assert not any(
+        "no photo" in note for note in plan(Aside().eval(), exclude=["aux", "latents"], calibration=photos()).notes
+    )
+
+
 # softness for a target
 
 
