@@ -56,7 +56,9 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     if not isinstance(plan, Plan):
         raise ArgumentError("not a plan", where="apply.plan", expected="a gnswap.Plan", found=f"{plan!r:.60}")
     if _sites.applied(model) is not None:
-        raise ModelError("the model is converted already", fix="Call gnswap.revert first.")
+        raise ModelError(
+            "the model is converted already", where=type(model).__qualname__, fix="Call gnswap.revert first."
+        )
     if not plan.swaps:
         kept = "; ".join(f"{decision.name}: {decision.reason}" for decision in plan.kept[:3])
         raise NothingToSwapError(

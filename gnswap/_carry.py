@@ -70,7 +70,12 @@ def restore(layer: nn.Module, path: str) -> nn.Module:
     """
     shell = origin(layer)
     if shell is None:
-        raise RevertError("this layer does not know the BatchNorm it came from", where=path)
+        raise RevertError(
+            "this layer does not know the BatchNorm it came from",
+            where=path or "(root)",
+            expected="a layer that gnswap.apply put there",
+            found=type(layer).__qualname__,
+        )
     norm = _clone(shell)
     for role, name in vars(layer)["_origin_names"].items():
         tensor = getattr(layer, role)

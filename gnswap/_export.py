@@ -150,6 +150,7 @@ def export_onnx(
                 "the model does not run on the example input",
                 where=", ".join(str(tuple(value.shape)) for value in inputs),
                 found=f"{type(error).__name__}: {error}",
+                fix="example_input is what forward takes, in its order; several inputs go in a tuple.",
             ) from error
     traced = _trace.trace(prepared, inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     compiled = _translate(traced, _input_names(prepared, len(inputs)), _output_names(example_output), opset)
@@ -260,6 +261,7 @@ def _output_names(output: Any) -> list[str]:
     if not leaves or not all(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise ExportError(
             "the model's output is not made of tensors",
+            where="forward",
             expected="a tensor, or tuples, lists and dicts of tensors",
             found=", ".join(sorted({type(leaf).__name__ for _, leaf in leaves})) or "nothing",
         )

@@ -182,12 +182,21 @@ def read_norm(module: nn.Module) -> NormState:
         '2 or 3'
     """
     if (reason := _unreadable(module)) is not None:
-        raise ModelError("this layer cannot be read as a BatchNorm", where=type_name(type(module)), found=reason)
+        raise ModelError(
+            "this layer cannot be read as a BatchNorm",
+            where=type_name(type(module)),
+            expected="a norm that `gnswap.inspect` does not refuse",
+            found=reason,
+        )
     reader = _find_reader(module)
     state = reader(module) if reader is not None else None
     if not isinstance(state, NormState):
         raise ModelError(
-            "the registered reader returned no NormState", where=type_name(type(module)), found=repr(state)
+            "the registered reader returned no NormState",
+            where=type_name(type(module)),
+            expected="a gnswap.NormState",
+            found=repr(state),
+            fix="Register another one: gnswap.register_norm.",
         )
     return state
 

@@ -139,7 +139,12 @@ def _decide(site: Site, policy: Policy, selection: Selection) -> _Choice:
     action = override.get("action")
     if site.refusal is not None:
         if action == "swap":
-            raise PlanError("this layer cannot be swapped", where=f'overrides["{site.name}"]', found=site.refusal)
+            raise PlanError(
+                "this layer cannot be swapped",
+                where=f'overrides["{site.name}"]',
+                expected="a layer that gnswap.inspect does not refuse",
+                found=site.refusal,
+            )
         return _keep(site, site.refusal)
     if action == "keep":
         return _keep(site, "kept by an override")

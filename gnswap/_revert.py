@@ -13,6 +13,8 @@ from gnswap._absorb import given_back
 from gnswap._carry import copied, origin, replace_all, restore
 from gnswap._errors import ModelError, RevertError
 
+_WHOLE = "Revert the network as a whole, as gnswap.apply, convert or load gave it."
+
 
 def revert(model: nn.Module, *, inplace: bool = False, force: bool = False) -> nn.Module:
     """Put the original BatchNorms back, bit for bit.
@@ -82,7 +84,7 @@ def _place(model: nn.Module, layer: nn.Module, paths: tuple[str, ...]) -> nn.Mod
     try:
         found = [_sites.get(model, path) for path in paths]
     except ModelError as error:
-        raise RevertError("the place of an activation is gone", where=paths[0], found=str(error)) from error
+        raise RevertError("the place of an activation is gone", where=paths[0], found=str(error), fix=_WHOLE) from error
     if any(type(module) is not nn.Identity for module in found) or not isinstance(layer.act, nn.Module):
         raise RevertError(
             "an absorbed activation was replaced",
@@ -97,7 +99,9 @@ def _converted_layer(model: nn.Module, paths: tuple[str, ...]) -> nn.Module:
     try:
         found = [_sites.get(model, path) for path in paths]
     except ModelError as error:
-        raise RevertError("a converted layer is gone", where=paths[0] or "(root)", found=str(error)) from error
+        raise RevertError(
+            "a converted layer is gone", where=paths[0] or "(root)", found=str(error), fix=_WHOLE
+        ) from error
     if origin(found[0]) is None or any(module is not found[0] for module in found):
         raise RevertError(
             "a converted layer was replaced",

@@ -90,7 +90,7 @@ def require_plain(model: nn.Module) -> None:
         WrappedModelError: DDP, DataParallel, FSDP, a compiled or scripted module; says how to unwrap it.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError("not a model", expected="a torch.nn.Module", found=type_name(type(model)))
+        raise ArgumentError("not a model", where="model", expected="a torch.nn.Module", found=type_name(type(model)))
     for path, module in walk(model):
         wrapper = next((_WRAPPERS[name] for name in map(type_name, type(module).__mro__) if name in _WRAPPERS), None)
         if wrapper is None and vars(module).get("_compiled_call_impl") is not None:

@@ -162,7 +162,9 @@ def test_pitfall_12_distributed_wrappers_are_refused() -> None:
 
 
 def test_what_is_no_model() -> None:
-    with pytest.raises(ArgumentError, match=r"not a model: expected a torch\.nn\.Module, found builtins\.str"):
+    with pytest.raises(
+        ArgumentError, match=r"not a model \(at model\): expected a torch\.nn\.Module, found builtins\.str"
+    ):
         require_plain("resnet50")  # type: ignore[arg-type]
     require_plain(small_cnn())
 

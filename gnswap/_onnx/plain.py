@@ -64,7 +64,12 @@ def plain(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module
             is not written, or holds a subclass of FusedGroupNorm with a forward of its own.
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ExportError("the model is on the meta device and has no values", fix="Load its weights first.")
+        raise ExportError(
+            "the model has no values",
+            where=type(model).__qualname__,
+            found="tensors on the meta device",
+            fix="Load its weights first.",
+        )
     try:
         copied = copy.deepcopy(model)
     except Exception as error:  # deepcopy raises what the members raise
@@ -73,7 +78,12 @@ def plain(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module
     norms = [(name, module) for name, module in copied.named_modules() if isinstance(module, FusedGroupNorm)]
     for name, module in norms:
         if type(module).forward is not FusedGroupNorm.forward:
-            raise ExportError("a subclass of FusedGroupNorm with its own forward", where=name or "(root)")
+            raise ExportError(
+                "a subclass of FusedGroupNorm with its own forward",
+                where=name or "(root)",
+                expected="gnswap.FusedGroupNorm, which is what the exporter knows",
+                found=type(module).__qualname__,
+            )
     found = [tensor.dtype for tensor in copied.state_dict().values() if tensor.is_floating_point()]
     exact: dict[str, Array] = {}
     if dtype is not None:
