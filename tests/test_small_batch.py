@@ -228,7 +228,8 @@ def test_the_script_goes_on_and_says_what_it_found(command: Command, capsys: pyt
     for before, after in zip(kept, again, strict=True):  # the same run gives the same figures, to the last bit
         assert all(before[name] == after[name] for name in ("key", "lr", "losses", "hits", "auc"))
     said = (command.results / "small_batch.md").read_text()
-    assert "3 of 8 cells measured" in said
+    assert "seeds in a cell: 1, 3 of 8 cells measured" in said
+    assert "| search at batch 4: area under the curve, validation | rate 0.0001 | rate 0.001 |" in said
     assert "fresh GroupNorm |" not in said.partition("varies by")[2].partition("points above")[0]
     assert "| gnswap, annealed, batch 2 |" in said
     for name in ("small_batch.png", "small_batch_light.png"):
@@ -241,7 +242,6 @@ def test_steps_are_timed_and_weighed(command: Command, monkeypatch: pytest.Monke
     speed = script("_small_batch_speed", monkeypatch)
     monkeypatch.setattr(speed, "TIMED", ("BatchNorm", "gnswap"))
     monkeypatch.setattr(speed, "ROUNDS", 3)
-    monkeypatch.setattr(speed, "MEMORY_RUNS", 1)
     assert command("speed", "--batches", "2") == []
     (row,) = map(json.loads, (command.results / "small_batch.rows.jsonl").read_text().splitlines())
     assert row["speed"]["BatchNorm"]["ratio"] == [1.0, 1.0, 1.0]

@@ -115,6 +115,18 @@ def differences(runs: Runs) -> str:
     return _table(["points above", *others], cells)
 
 
+def search_table(rows: Rows, setting: Setting) -> str:
+    """Area under the ROC curve on the validation photos by learning rate, which was chosen by it."""
+    found: dict[str, dict[float, float]] = {}
+    for key, row in rows.rows.items():
+        if key.startswith(f"{setting}: ") and row["kind"] == "search":
+            found.setdefault(row["method"], {})[row["lr"]] = row["auc"]
+    rates = sorted({rate for one in found.values() for rate in one})
+    cells = [[method, *(f"{one[rate]:.3f}" if rate in one else "–" for rate in rates)] for method, one in found.items()]
+    header = f"search at batch {REFERENCE_BATCH}: area under the curve, validation"
+    return _table([header, *(f"rate {rate:g}" for rate in rates)], cells)
+
+
 def light_of(runs: Runs, method: str, batch: int) -> dict[str, dict[float, float]] | None:
     """Mean accuracy by change and strength, the unchanged photos among them; None where nothing is measured."""
     if (method, batch) not in runs:
@@ -195,13 +207,12 @@ def write_all(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> No
     batches = sorted(arguments.batches)
     rates = {method: found[0]["lr"] / learning_rate(1.0, batch) for (method, batch), found in runs.items()}
     counts = [len(found) for found in runs.values()]
-    seeds = f"{min(counts)} to {max(counts)}" if counts and min(counts) < max(counts) else f"{max(counts, default=0)}"
-    planned = len(METHODS) * len(batches)
+    seeds = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     said = (
-        f"{setting.pixels} px, {setting.samples} photos seen in every run, {seeds} seeds, {len(runs)} of {planned} "
-        f"cells measured. Intervals are 95 %, over seeds and the {setting.judges} test photos. "
-        f"Learning rates at batch {REFERENCE_BATCH}: "
-        + ", ".join(f"{rates[method]:g} {method}" for method in METHODS if method in rates)
+        f"{setting.pixels} px, {setting.samples} photos seen in every run, seeds in a cell: {seeds}, {len(runs)} of "
+        f"{len(METHODS) * len(batches)} cells measured. Intervals are 95 %, over seeds and the {setting.judges} test "
+        f"photos. Learning rates at batch {REFERENCE_BATCH}: "
+        + "; ".join(f"{method}: {rates[method]:g}" for method in METHODS if method in rates)
         + ".\n"
     )
     tables = [
@@ -211,6 +222,7 @@ def write_all(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> No
         means(runs, batches, "auc", "area under the ROC curve"),
         means(runs, batches, "balanced_accuracy", "balanced accuracy"),
         light_table(runs),
+        search_table(rows, setting),
         speed_table(rows, setting),
     ]
     data = {

@@ -29,7 +29,7 @@ from gnswap._timing import ratios
 
 TIMED = ("BatchNorm", "BatchNorm, frozen", "naive GroupNorm", "gnswap, pure", "gnswap", "gnswap, healed first")
 WARM_UP, ROUNDS = 3, 30
-MEMORY_STEPS, MEMORY_RUNS = 3, 3
+MEMORY_STEPS = 3
 
 
 class Stepper:
@@ -82,10 +82,7 @@ def measure(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> None
         if key(setting, batch) in rows:
             continue
         taken = times(bench, batch)
-        peaks = {
-            method: median(peak_mb(method, batch, setting, arguments, rows.code) for _ in range(MEMORY_RUNS))
-            for method in TIMED
-        }
+        peaks = {method: peak_mb(method, batch, setting, arguments, rows.code) for method in TIMED}
         found = {
             method: {
                 "ms": 1e3 * median(taken[method]),
