@@ -158,7 +158,7 @@ def draw_error(runs: Runs, batches: list[int], path: Path) -> None:
     """Error against batch size, as Wu & He, *Group Normalization* (2018), figure 1."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(METHODS):
         points = [batch for batch in batches if (method, batch) in runs]
@@ -174,7 +174,7 @@ def draw_error(runs: Runs, batches: list[int], path: Path) -> None:
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set(xlabel="batch size (the same number of photos seen)", ylabel="test error [%]")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
