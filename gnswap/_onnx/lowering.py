@@ -15,7 +15,7 @@ import numpy as np
 from gnswap._onnx.edit import Array
 from gnswap._onnx.norm import Writer
 
-Statistics = Callable[[Writer, Any], Any]
+Statistics = Callable[[Writer, Any], tuple[Any, Any]]
 Affine = Callable[[Writer, Any, Array, Array, str], Any]
 
 
@@ -25,7 +25,8 @@ class Lowering:
 
     Attributes:
         name: in reports.
-        statistics: `(writer, view) -> view`, normalises `[N, G, D*H, W]` over all axes after G.
+        statistics: `(writer, view) -> (view, spread)`, normalises `[N, G, D*H, W]` over all axes after G. The spread,
+            `[N, G, 1, 1]`, is what the view is still to be divided by; None where nothing is left to do.
         affine: `(writer, x, factor, term, name) -> y`, per channel.
         shape_nodes: whether it reads sizes at run time where height or width is dynamic.
         half_casts: whether it casts half types to fp32 and back.
@@ -44,9 +45,12 @@ class Lowering:
         norm = writer.norm
         x = _mapped(self.affine, writer, x, norm.scale, norm.shift, "standardisation")
         x = _gathered(writer, x, norm.gather_before)
-        normalised = _ungrouped(writer, self.statistics(writer, _grouped(writer, x)))
-        normalised = _gathered(writer, normalised, norm.gather_behind)
-        return _mapped(self.affine, writer, normalised, norm.weight, norm.bias, "affine")
+        view, spread = self.statistics(writer, _grouped(writer, x))
+        normalised = _gathered(writer, _ungrouped(writer, view), norm.gather_behind)
+        if spread is None:
+            return _mapped(self.affine, writer, normalised, norm.weight, norm.bias, "affine")
+        y = writer.op("Mul", normalised, _gain(writer, spread))
+        return _mapped(self.affine, writer, y, None, norm.bias, "affine")
 
 
 def _gathered(writer: Writer, x: Any, indices: Array | None) -> Any:
@@ -70,6 +74,19 @@ def _ungrouped(writer: Writer, view: Any) -> Any:
     norm = writer.norm
     tail = [-1, *[0] * (norm.rank - 3)] if norm.rank > 2 else []
     return writer.op("Reshape", view, writer.shape(0, norm.channels, *tail))
+
+
+def _gain(writer: Writer, spread: Any) -> Any:
+    """`gamma / spread` of every channel, `[N, C, 1, 1]`, in the order of y: the division then costs no pass over x."""
+    norm = writer.norm
+    weight = np.ones(norm.channels) if norm.weight is None else norm.weight
+    if norm.gather_behind is not None:
+        weight = weight[np.argsort(norm.gather_behind)]
+    grouped = [norm.num_groups, norm.channels_per_group, *[1] * (len(spread.shape) - 3)]
+    gain = writer.op("Div", writer.constant("affine.weight", weight.reshape(grouped)), spread, shape=[None, *grouped])
+    channels = [norm.channels, *[1] * (norm.rank - 2)]
+    gain = writer.op("Reshape", gain, writer.shape(0, *channels), shape=[None, *channels])
+    return _gathered(writer, gain, norm.gather_behind)
 
 
 def _mapped(affine: Affine, writer: Writer, x: Any, factor: Array | None, term: Array | None, name: str) -> Any:

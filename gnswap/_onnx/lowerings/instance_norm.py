@@ -22,7 +22,7 @@ from gnswap._onnx.lowering import Lowering, multiply_add
 from gnswap._onnx.norm import Writer
 
 
-def statistics(writer: Writer, view: Any) -> Any:
+def statistics(writer: Writer, view: Any) -> tuple[Any, None]:
     """`view` `[N, G, ...]`, normalised over all axes after G."""
     import onnx_ir as ir
 
@@ -33,7 +33,7 @@ def statistics(writer: Writer, view: Any) -> Any:
     scale = writer.shared("ones", np.ones(norm.num_groups), dtype)
     bias = writer.shared("zeros", np.zeros(norm.num_groups), dtype)
     view = writer.op("InstanceNormalization", view, scale, bias, epsilon=norm.epsilon, dtype=dtype, shape=view.shape)
-    return writer.op("Cast", view, to=norm.dtype, shape=view.shape) if norm.is_half else view
+    return (writer.op("Cast", view, to=norm.dtype, shape=view.shape) if norm.is_half else view), None
 
 
 INSTANCE_NORM = Lowering("instance_norm", statistics, multiply_add, half_casts=True)

@@ -22,7 +22,7 @@ from gnswap._onnx.lowering import Lowering, multiply_add
 from gnswap._onnx.norm import Writer
 
 
-def statistics(writer: Writer, view: Any) -> Any:
+def statistics(writer: Writer, view: Any) -> tuple[Any, None]:
     """`view` `[N, G, ...]`, normalised over all axes after G."""
     import onnx_ir as ir
 
@@ -36,7 +36,7 @@ def statistics(writer: Writer, view: Any) -> Any:
             shape = writer.op("Shape", view, start=2, dtype=ir.DataType.INT64, shape=[len(row)])
         one = ir.tensor([1.0], dtype=norm.dtype)
         ones = writer.cache[key] = writer.op("ConstantOfShape", shape, value=one, shape=view.shape[2:])
-    return writer.op("LayerNormalization", view, ones, axis=2, epsilon=norm.epsilon, shape=view.shape)
+    return writer.op("LayerNormalization", view, ones, axis=2, epsilon=norm.epsilon, shape=view.shape), None
 
 
 LAYER_NORM = Lowering("layer_norm", statistics, multiply_add, shape_nodes=True)
