@@ -35,6 +35,10 @@ from gnswap._photos import PhotoBatches
 from gnswap._store import require_free, saved_source
 
 EXIT_ERROR, EXIT_NOTHING_TO_SWAP = 1, 3
+_EXIT_CODES = (
+    "Exit codes: 0 fine, 1 an error of gnswap's, 2 wrong usage, 3 nothing to swap, 4 parity failed. "
+    "Results go to stdout, progress and messages to stderr."
+)
 
 
 class _Group(TyperGroup):
@@ -62,8 +66,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Swap BatchNorm for GroupNorm in pretrained networks and keep what they know.\n\n"
     "The way through: inspect → convert → export → validate. The fastest look at all of it: **gnswap demo**.\n\n"
-    "Exit codes: 0 fine, 1 an error of gnswap's, 2 wrong usage, 3 nothing to swap, 4 parity failed. "
-    "Results go to stdout, progress and messages to stderr.",
+    + _EXIT_CODES,
 )
 
 
@@ -342,6 +345,10 @@ def doctor(as_json: AsJson = False) -> None:
     with _cli_output.step("looking at kernels and execution providers"):
         report = _doctor.examine()
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, "this machine"), as_json)
+
+
+for _command in app.registered_commands:  # every verb's help is whole by itself
+    _command.epilog = _EXIT_CODES
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> int | float | str:

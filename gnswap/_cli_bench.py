@@ -22,10 +22,11 @@ def bench(
     provider: Provider = "cuda",
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Images in one run.")] = 1,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="Of the CPU; onnxruntime's choice if not given.")
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, help="Threads of the CPU; onnxruntime's choice if not given."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.1, help="Of measuring, for all files together.")
+        float, typer.Option("--seconds", metavar="S", min=0.1, help="Seconds of measuring, for all files together.")
     ] = 10.0,
     other: Annotated[
         list[Path] | None,

@@ -52,7 +52,9 @@ def finetune(
         float,
         typer.Option("--layer-decay", metavar="X", help="Factor of the rate from a layer to the one before."),
     ] = 1.0,
-    label_smoothing: Annotated[float, typer.Option("--label-smoothing", metavar="X")] = 0.1,
+    label_smoothing: Annotated[
+        float, typer.Option("--label-smoothing", metavar="X", help="Share of each label spread over all classes.")
+    ] = 0.1,
     freeze: Annotated[
         str,
         typer.Option("--freeze", metavar="norms|backbone|PATH", help="What is not trained; PATH: it and all before."),
@@ -86,7 +88,7 @@ def finetune(
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=0, help="Processes that prepare pictures; give a GPU some.")
     ] = 0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of split, order, views, new head and dropout.")] = 0,
     model: Rebuilt = None,
     as_json: AsJson = False,
 ) -> None:

@@ -61,3 +61,11 @@ def test_federated() -> None:
     assert accuracy["BatchNorm, averaged"]["client A"] < 0.5
     assert min(accuracy["gnswap"].values()) > 0.9
     assert min(accuracy["BatchNorm, frozen"].values()) > 0.8
+
+
+def test_finetune_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    report = smoke("finetune_folder")
+    assert report.done
+    assert (report.classes, report.batch) == (("across", "down"), 2)
+    assert report.best.loss < report.before.loss
+    assert "others judge" in capsys.readouterr().out
