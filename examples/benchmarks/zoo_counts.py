@@ -3,7 +3,7 @@
     python examples/benchmarks/zoo_counts.py --jobs 2
 
 No weights and no memory are needed: the meta device has shapes only. Rows are stored as they come, so an interrupted
-run goes on where it stopped.
+run goes on where it stopped. `zoo.py` takes from here which networks there are, and in which order.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def examine(name: str) -> tuple[str, dict[str, Any]]:
         step = "inspect"
         inventory = gnswap.inspect(model)
         row: dict[str, Any] = {
+            "family": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "types": Counter(site.norm_type for site in inventory.sites),
             "widths": Counter(site.num_channels for site in inventory.sites),
             "refusals": Counter(site.refusal for site in inventory.sites if site.refusal is not None),
