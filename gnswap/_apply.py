@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gnswap import _sites
+from gnswap import _fusing, _sites
 from gnswap._absorb import absorb, require_absorbable
 from gnswap._build import build_layer
 from gnswap._carry import carry_over, copied, replace_all
@@ -79,6 +79,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
             paths.append(decision.absorbs)
             layers.append(absorb(layer, _sites.get(target, decision.absorbs[0])))
     root = replace_all(target, paths, layers)
+    _fusing.forbid(root, [path for decision, _ in swaps for path in decision.paths])
     root.__dict__["_gnswap"] = _sites.Applied(plan, _sites.digest(root))
     return root
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gnswap import _sites
+from gnswap import _fusing, _sites
 from gnswap._absorb import given_back
 from gnswap._carry import copied, origin, replace_all, restore
 from gnswap._errors import ModelError, RevertError
@@ -63,6 +63,7 @@ def revert(model: nn.Module, *, inplace: bool = False, force: bool = False) -> n
             paths.append(decision.absorbs)
             modules.append(given_back(layer, _place(target, layer, decision.absorbs)))
     root = replace_all(target, paths, modules)
+    _fusing.allow(root)
     vars(root).pop("_gnswap", None)
     return root
 

@@ -357,7 +357,7 @@ def test_pitfall_23_reparameterising_comes_first(name: str) -> None:
     model = randomise_norms(timm.create_model(name)).eval()
     made = plan(model)
     assert made.swaps
-    with pytest.raises(AttributeError, match="do that before the conversion"):
+    with pytest.raises(ModelError, match="before the conversion"):
         reparameterize_model(apply(model, made), inplace=True)
     merged = reparameterize_model(model)
     if plan(merged).swaps:  # some of these have no norm left, and then say so

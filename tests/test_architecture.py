@@ -55,7 +55,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         | {"_onnx_graph", "_onnx.lowering", "_onnx.fold", "_onnx.order", "_onnx_profile"}
     ),
     frozenset(
-        {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb"}
+        {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb", "_fusing"}
         | {"_distill"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references", "_squash"}
         | {"_datasets", "_engine", "_forgetting", "_head", "_param_groups"}
@@ -183,6 +183,7 @@ SAME_FLOOR = {
     ("_absorb", "_layer"): "hooks are seen there first",
     ("_absorb", "_norms"): "whether a norm has an activation of its own",
     ("_absorb", "_sites"): "and where both are",
+    ("_fusing", "_sites"): "the modules above the norms",
     ("_carry", "_sites"): "what is carried is put in place there",
     ("_store", "_report.records"): "a saved network has its report beside it",
     ("_store", "_report.write"): "the same",
