@@ -162,3 +162,12 @@ def test_a_row_of_the_ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert ablation.as_table(rows).count("\n") == 5
     ablation.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_rows_of_any_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report, path = script("_report", monkeypatch), tmp_path / "rows.jsonl"
+    report.Rows(path, "abc").add("first", {"value": 1})
+    rows = report.Rows(path, "def+changes", any_code=True)
+    rows.add("second", {"value": 2})
+    assert {row["key"]: row["code"] for row in rows.rows.values()} == {"first": "abc", "second": "def+changes"}
+    assert "first" in report.Rows(path, "ghi", any_code=True)

@@ -42,16 +42,18 @@ def code_version() -> str:
 class Rows:
     """Rows in a JSON-lines file, one for each key: what is there is not measured again.
 
-    Only rows of the same code count, so that a table never mixes what two versions did. A line that was cut off by a
-    kill is dropped; everything of a row lies in its line.
+    Only rows of the same code count, so that a table never mixes what two versions did; `any_code` is for a sweep that
+    takes longer than the code stands still, and whose table says of how many versions it is. A line that was cut off by
+    a kill is dropped; everything of a row lies in its line.
 
     Args:
         path: the file; made with its folder where there is none.
         code: the version that measures now (`code_version`).
         fresh: forget what is there.
+        any_code: keep the rows of other versions.
     """
 
-    def __init__(self, path: Path, code: str, *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, code: str, *, fresh: bool = False, any_code: bool = False) -> None:
         self.path, self.code = path, code
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, Row] = {}
@@ -63,7 +65,7 @@ class Rows:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                if row.get("code") == code and not code.endswith("+changes"):
+                if any_code or (row.get("code") == code and not code.endswith("+changes")):
                     self.rows[row["key"]] = row
             self._rewrite()
 

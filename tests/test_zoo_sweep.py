@@ -1,0 +1,152 @@
+"""The sweep over the zoo: what kills a network is its row, it goes on where it stopped, and its tables count right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_zoo import BENCHMARKS, photos
+
+
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("zoo")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(importlib.import_module("_report"), "RESULTS", tmp_path)
+    return module
+
+
+def dies(_name: str, _photos: Path) -> dict[str, Any]:
+    os._exit(3)
+
+
+def hangs(_name: str, _photos: Path) -> dict[str, Any]:
+    time.sleep(600)
+    return {}
+
+
+def wants_memory(_name: str, _photos: Path) -> dict[str, Any]:
+    return {"failed": {}, "sum": float(torch.ones(1 << 33).sum())}
+
+
+def works(name: str, photos: Path) -> dict[str, Any]:
+    return {"failed": {}, "name": name, "photos": str(photos)}
+
+
+def test_what_kills_a_network_is_its_row(zoo: Any) -> None:
+    def row(work: Any, seconds: float) -> dict[str, Any]:
+        return zoo.isolated(work, "net", Path("photos.pt"), seconds, 3)
+
+    assert row(works, 100) | {"peak_mib": 0} == {"failed": {}, "name": "net", "photos": "photos.pt", "peak_mib": 0}
+    assert row(dies, 100)["failed"]["limits"] == "the process died with exit code 3"
+    assert row(hangs, 0.2)["failed"]["limits"] == "not finished after 0.2 s"
+    assert "memory" in row(wants_memory, 100)["failed"]["all"]
+
+
+SIZES = (("a", "one", 1), ("b", "one", 2), ("c", "two", 3), ("d", "one", 4), ("e", "two", 5))
+KNOWN = {
+    name: {"key": name, "family": family, "parameters": parameters, "types": {"BatchNorm2d": 1}}
+    for name, family, parameters in SIZES
+}
+
+
+def filled() -> dict[str, dict[str, Any]]:
+    passed = {"code": "abc", "failed": {}, "passed": ["output"], "size": [3, 96, 96], "distance": 0.25}
+    failed = {"code": "def", "failed": {"revert": "Traceback: broken"}, "passed": ["output"], "size": [3, 64, 64]}
+    return {
+        "values": {"a": passed, "b": failed, "c": {**passed, "does_not_apply": {"pickle": "no | pickle"}}},
+        "meta": {"b": {**failed, "failed": {}}, "d": failed},
+        "export": {"a": {**passed, "error": 2e-6}, "b": {**failed, "original_fails": "ValueError: no"}, "c": failed},
+    }
+
+
+def test_the_table_counts(zoo: Any) -> None:
+    _, _, *lines = zoo.as_table(filled(), KNOWN).splitlines()
+    every, one, two = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert every == ["**all**", "5", "2", "1", "1", "1", "2", "0.25", "0.25", "1", "1", "1", "2e-06"]
+    assert one[-4:] == ["1", "0", "1", "2e-06"]
+    assert two[-4:] == ["0", "1", "0", "–"]
+    by_check = zoo.per_check(filled())
+    assert "| output | 3 | 0 | 0 | 2 | 0 | 0 |" in by_check
+    assert "| pickle | 0 | 0 | 1 | 0 | 0 | 0 |" in by_check
+
+
+def test_the_summary_says_what_is_missing_and_of_which_code(zoo: Any) -> None:
+    summary = zoo.summary(filled(), KNOWN)
+    assert summary["values"] == {"passed": 2, "failed": 1, "not run": 2}
+    assert summary["export"] == {"passed": 1, "original fails": 1, "failed": 1, "not run": 2}
+    assert summary["covered by values or shapes"] == 3
+    assert summary["rows by version of gnswap"]["values"] == {"abc": 2, "def": 1}
+
+
+def test_the_page_of_failures_has_every_error(zoo: Any) -> None:
+    page = zoo.failures(filled())
+    assert page.count("Traceback: broken") == 4
+    assert "## b: revert (values, gnswap def)" in page
+    assert "The BatchNorm original fails as well:\n\n```text\nValueError: no" in page
+    assert "| pickle | no \\| pickle | 1 |" in page
+
+
+def test_families_take_turns(zoo: Any) -> None:
+    assert zoo.families_first(KNOWN) == ["a", "c", "b", "e", "d"]
+
+
+def test_a_census_of_another_timm_is_refused(zoo: Any) -> None:
+    with pytest.raises(SystemExit, match=r"Run examples/benchmarks/zoo_counts\.py first"):
+        zoo.census()
+
+
+def test_the_sweep_goes_on_where_it_stopped(zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    census = (BENCHMARKS / "results" / "zoo_counts.rows.jsonl").read_text()
+    (tmp_path / "zoo_counts.rows.jsonl").write_text(census)
+    ran: list[str] = []
+    outcomes = iter(["broken"])  # the first row of test_resnet fails
+
+    def isolated(_work: Any, name: str, *_rest: object) -> dict[str, Any]:
+        ran.append(name)
+        error = next(outcomes, "") if name == "test_resnet" else ""
+        return {"failed": {"output": error} if error else {}, "passed": []}
+
+    monkeypatch.setattr(zoo, "isolated", isolated)
+    two = ["--jobs", "1", "--models", "test_resnet", "starnet_s050"]
+    for extra, expected in (
+        ([], ["starnet_s050", "test_resnet"]),  # a family each, the smaller first
+        ([], []),
+        (["--retry-failed"], ["test_resnet"]),
+        (["--retry-failed"], []),
+        (["--report"], []),
+        (["--export"], ["starnet_s050", "test_resnet"]),
+        (["--meta"], []),  # both have a row with values
+        (["--fresh"], ["starnet_s050", "test_resnet"]),
+    ):
+        ran.clear()
+        monkeypatch.setattr("sys.argv", ["zoo.py", *two, *extra])
+        zoo.main()
+        assert sorted(ran) == sorted(expected), extra
+    assert json.loads((tmp_path / "zoo.json").read_text())["values"]["passed"] == 2
+    assert (tmp_path / "zoo_failures.md").exists()
+
+
+def test_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    export = importlib.import_module("_zoo_export")
+    row = export.examine("test_resnet", photos(), (64,))
+    assert not row["failed"]
+    assert 0 < row["error"] < 1e-5
+    assert row["size"] == [3, 64, 64]
+    written = SimpleNamespace(opset=18, notes=(), norms=())
+    monkeypatch.setattr(export.gnswap, "export_onnx", lambda *_, **__: written)
+    monkeypatch.setattr(export.torch.onnx, "export", lambda *_, **__: None)
+    monkeypatch.setattr(export, "onnxruntime_output", lambda _, x: [torch.zeros(len(x), 1000)])
+    row = export.examine("test_resnet", photos(), (64,))
+    assert row["failed"]["parity"].startswith("relative error 1, torch's own in fp32")
+    assert row["original_fails"] == "relative error 1"
