@@ -229,6 +229,7 @@ def test_the_script_goes_on_and_says_what_it_found(command: Command, capsys: pyt
         assert all(before[name] == after[name] for name in ("key", "lr", "losses", "hits", "auc"))
     said = (command.results / "small_batch.md").read_text()
     assert "seeds in a cell: 1, 3 of 8 cells measured" in said
+    assert "Always the same answer has " in said
     assert "| search at batch 4: area under the curve, validation | rate 0.0001 | rate 0.001 |" in said
     assert "fresh GroupNorm |" not in said.partition("varies by")[2].partition("points above")[0]
     assert "| gnswap, annealed, batch 2 |" in said

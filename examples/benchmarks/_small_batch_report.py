@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+import _elpv
 import numpy as np
 from _elpv import NEUTRAL, SHIFTS
 from _report import RESULTS, Row, Rows, environment, markdown_table, write
@@ -208,10 +209,12 @@ def write_all(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> No
     rates = {method: found[0]["lr"] / learning_rate(1.0, batch) for (method, batch), found in runs.items()}
     counts = [len(found) for found in runs.values()]
     seeds = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
+    labels = _elpv.split(_elpv.load(setting.pixels, arguments.cache))[2].labels[: setting.judges]
+    majority = 100 * max(float((labels == label).double().mean()) for label in (0, 1))
     said = (
         f"{setting.pixels} px, {setting.samples} photos seen in every run, seeds in a cell: {seeds}, {len(runs)} of "
         f"{len(METHODS) * len(batches)} cells measured. Intervals are 95 %, over seeds and the {setting.judges} test "
-        f"photos. Learning rates at batch {REFERENCE_BATCH}: "
+        f"photos. Always the same answer has {majority:.1f} %. Learning rates at batch {REFERENCE_BATCH}: "
         + "; ".join(f"{method}: {rates[method]:g}" for method in METHODS if method in rates)
         + ".\n"
     )
