@@ -243,9 +243,7 @@ NETWORKS = (
         "monai", "UNet", _monai("UNet", norm="batch", num_res_units=1, **_UNET_3D), _VOLUME, 6, tested=True, export=True
     ),
     Network("monai", "UNet, instance", _monai("UNet", num_res_units=1, **_UNET_3D), _VOLUME, 0, tested=True),
-    Network(
-        "monai", "AttentionUnet", _monai("AttentionUnet", **_UNET_3D), _VOLUME, 12, kept=2, tested=True, export=True
-    ),
+    Network("monai", "AttentionUnet", _monai("AttentionUnet", **_UNET_3D), _VOLUME, 12, kept=2, tested=True),
     Network("monai", "SegResNet, batch", _monai("SegResNet", spatial_dims=3, norm="batch"), _VOLUME, 25),
     Network("monai", "SegResNet", _monai("SegResNet", spatial_dims=3), _VOLUME, 0),
     Network(
@@ -281,7 +279,6 @@ NETWORKS = (
         _IMAGE,
         17,
         tested=True,
-        export=True,
     ),
     Network(_HF, "MobileNetV2", _transformers("MobileNetV2ForImageClassification"), _IMAGE, 52, tested=True),
     Network(
@@ -318,7 +315,6 @@ NETWORKS = (
         _IMAGE,
         1,
         tested=True,
-        export=True,
     ),
     Network(
         _HF,
