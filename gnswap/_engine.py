@@ -7,6 +7,7 @@ and torchrun's variables are read by it too. What is sharded, and how, is said t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ class Engine:
         try:
             from accelerate import Accelerator
             from accelerate.state import AcceleratorState
-            from accelerate.utils import DistributedDataParallelKwargs
         except ImportError as error:
             raise MissingDependencyError(
                 "fine-tuning needs accelerate", fix="Run: pip install 'gnswap[train]'"
@@ -50,11 +50,10 @@ class Engine:
                 "fp16 needs a GPU", where="finetune.precision", expected="fp32 or bf16 on the CPU", found="fp16"
             )
         self._is_ours = not AcceleratorState._shared_state
-        # buffers do not change in training, but for the gains, which every process sets by itself
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         try:
             self._accelerator = Accelerator(
-                mixed_precision=None if precision is None else PRECISIONS[precision], kwargs_handlers=handlers
+                cpu=not torch.accelerator.is_available(),  # else it would not look for other processes on the CPU
+                mixed_precision=None if precision is None else PRECISIONS[precision],
             )
         except ValueError as error:
             raise ArgumentError(
@@ -121,7 +120,7 @@ class Engine:
             return self.weights(), {}
         options = self._options(cpu_offload=self.is_sharded)
         moments: Any = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
-        return self.weights(), moments["state"]
+        return self.weights(), moments.get("state", {})
 
     def weights(self) -> dict[str, Tensor]:
         """The network's whole state dict, on every process. All processes call it together."""
@@ -156,11 +155,11 @@ class Engine:
 
 
 @contextlib.contextmanager
-def lost_process(where: str) -> Any:
+def lost_process(where: Callable[[], str]) -> Iterator[None]:
     """Say it in words where another process of the job has ended while this one waits for it.
 
     Args:
-        where: what to say about how far it is, and how to go on.
+        where: says how far the job is.
 
     Raises:
         FinetuneError: another process is gone. Other errors pass.
@@ -173,7 +172,7 @@ def lost_process(where: str) -> Any:
             raise
         raise FinetuneError(
             "another process of this job has ended",
-            where=where,
-            found=str(error).strip().splitlines()[0][:200],
+            where=where(),
+            found=str(error).strip().splitlines()[0].rpartition("] ")[2][:120],
             fix="Start the job again with the same command: it goes on from there.",
         ) from error

@@ -129,7 +129,8 @@ class Finetuner:
             return
         batches = self.batches.training(self.step, self.steps)
         shown = counted("fine-tuning", self.steps, self.step, hidden=self.processes.rank > 0)
-        with shown as show, lost_process(f"after step {self.step}"):
+        where = lambda: f"step {self.step + 1} of {self.steps}, {self.directory} has step {self.saved_step}"  # noqa: E731
+        with shown as show, lost_process(where):
             while self.step < self.steps:
                 wants_save = self._one_step(batches)
                 self.step += 1

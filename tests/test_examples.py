@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,23 @@ def test_finetune_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert (report.classes, report.batch) == (("across", "down"), 2)
     assert report.best.loss < report.before.loss
     assert "others judge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["own_loop_torch", "own_loop_lightning"])
+def test_own_loops(name: str) -> None:
+    """Training learns, and the softness arrives where it should."""
+    if name == "own_loop_lightning":
+        pytest.importorskip("lightning")
+    result = smoke(name)
+    assert result["last"] < 0.5 * result["first"]
+    assert result["softness"] == 0.0
+
+
+def test_own_loop_timm() -> None:
+    """In a process of its own, since it registers a model with timm, which other tests count."""
+    command = [sys.executable, EXAMPLES / "own_loop_timm.py", "--smoke"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in output if line.startswith("epoch")]
+    assert losses[-1] < 0.5 * losses[0]
+    spared, _, of, *_ = output[-1].split()
+    assert spared == of != "0"
