@@ -33,9 +33,8 @@ def test_there_are_eight_and_the_readme_shows_each() -> None:
     text = (PRINCIPLES / "README.md").read_text()
     for name in CLAIMS:
         assert f"python examples/principles/{name}.py" in text
-        if name != FROM_ROWS:
-            assert f"(figures/{name}.png)" in text
-            assert (PRINCIPLES / "figures" / f"{name}.png").exists()
+        assert f"(figures/{name}.png)" in text
+        assert (PRINCIPLES / "figures" / f"{name}.png").exists()
     for figure in (PRINCIPLES / "figures").iterdir():
         assert figure.stem in CLAIMS
         assert figure.stat().st_size < 60_000
