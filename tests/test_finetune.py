@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 import gnswap
 from gnswap import ArgumentError, FinetuneError, FusedGroupNorm, StoreError, _finetuned, _finetuner
 from gnswap._cli import app
+from gnswap._head import new_head
+from gnswap._param_groups import freeze
 from gnswap._photos import PhotoBatches
 from tests._models import randomise_norms, same_state, small_cnn
 
@@ -293,6 +295,24 @@ class TestRefuses:
         headless = gnswap.convert(original()[:-1], groups=4).model
         with pytest.raises(ArgumentError, match="it is not known which layer of this network gives the classes"):
             gnswap.finetune(headless, data, tmp_path / "out", **QUICK)
+
+    def test_heads_and_what_is_left_to_train(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1))
+        model.pretrained_cfg = {"classifier": "0"}
+        with pytest.raises(ArgumentError, match=r"the head is of an unknown kind \(at 0\)"):
+            new_head(model, 2, seed=0)
+        with pytest.raises(ArgumentError, match=r"there is nothing to train .*freeze='0'"):
+            freeze(model, "0", head="0")
+
+    def test_an_average_of_sharded_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", True)
+        with pytest.raises(ArgumentError, match="an average of sharded weights is not supported"):
+            gnswap.finetune(network(), pictures(tmp_path / "data"), tmp_path / "out", ema=0.9, **QUICK)
+
+    def test_ways_of_distributing_that_are_not_supported(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("accelerate.Accelerator.distributed_type", "DistributedType.DEEPSPEED")
+        with pytest.raises(ArgumentError, match=r"this way of distributing is not supported .*found DEEPSPEED"):
+            gnswap.finetune(network(), pictures(tmp_path / "data"), tmp_path / "out", **QUICK)
 
     def test_without_accelerate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "accelerate", None)
