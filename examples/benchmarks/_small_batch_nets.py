@@ -154,8 +154,7 @@ def learning_rate(base: float, batch: int) -> float:
     """The square-root rule: `base` is the rate at `REFERENCE_BATCH`, and grows with the root of the batch.
 
     Adam divides by the size of the gradient, which falls with the root of the batch where noise is most of it: Malladi
-    et al., *On the SDEs and Scaling Rules for Adaptive Gradient Algorithms* (2022). (SGD with the linear rule of Goyal
-    et al. was tried first; at batch 4 the new head diverged from a rate of 0.01, and learned nothing at 0.002.)
+    et al., *On the SDEs and Scaling Rules for Adaptive Gradient Algorithms* (2022).
     """
     return base * math.sqrt(batch / REFERENCE_BATCH)
 
