@@ -40,6 +40,7 @@ class Norm:
         gather_before, gather_behind: indices by which channels are moved at run time, before and behind the
             statistics, or None.
         layout: the natural channel that is stored at each place of y, where that is not the natural order.
+        example_row: how many numbers a group had in the example input; None where nobody said.
     """
 
     node: Any
@@ -57,6 +58,7 @@ class Norm:
     gather_before: Array | None = None
     gather_behind: Array | None = None
     layout: Array | None = None
+    example_row: int | None = None
 
     @property
     def x(self) -> Any:
@@ -106,8 +108,8 @@ class Norm:
 
     @property
     def row_length(self) -> int | None:
-        """How many numbers a group has: D * S, or None where an axis is dynamic."""
-        return None if self.positions is None else self.channels_per_group * self.positions
+        """How many numbers a group has: D * S; where an axis is dynamic, in the example input."""
+        return self.example_row if self.positions is None else self.channels_per_group * self.positions
 
     @property
     def is_half(self) -> bool:
@@ -194,6 +196,22 @@ def _op() -> Any:
 def find(graph: Any) -> list[Norm]:
     """The norms of an `onnx_ir.Graph`, in the order in which they run."""
     return [_read(node) for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def example_rows(program: torch.export.ExportedProgram) -> list[int]:
+    """How many numbers a group has in the example input, of every norm that runs."""
+    kinds = (torch.ops.gnswap.group_norm.default, torch.ops.aten.group_norm.default)
+    calls = [node for node in program.graph.nodes if node.target in kinds]
+    return [_numbers(call.args[0].meta["val"]) // int(call.args[1]) for call in calls]
+
+
+def _numbers(x: torch.Tensor) -> int:
+    """Of one sample; a dynamic size counts as in the example."""
+    numbers = 1
+    for size in x.shape[1:]:
+        symbol: Any = getattr(size, "node", None)
+        numbers *= size if symbol is None else symbol.hint
+    return numbers
 
 
 def _read(node: Any) -> Norm:

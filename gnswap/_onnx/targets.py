@@ -32,7 +32,7 @@ class Target:
         reason: why in this order.
         single_row: those that come before where a sample has one group only, so that threads have no rows to share.
         long_row: those that come before all others where a group has so many numbers that onnxruntime's CPU kernels
-            lose digits, or nobody knows how many.
+            lose digits (in the example input, where sizes are dynamic), or nobody knows how many.
         shape_nodes: whether nodes that read sizes at run time are fine. Strict sessions on a GPU refuse them, since
             onnxruntime runs them on the CPU.
         opset: where none is asked for. 18 is known everywhere; 20 is the first with Gelu as one operator, without

@@ -15,8 +15,8 @@ Half types: none of their statistics would be in fp32, so it is not for them.
 
 The division goes into gamma, so that x is passed over as often as in the other forms.
 
-Chosen on the CPU for long rows and for rows of unknown length. EfficientNet-Lite0 as gnswap converts it is 1.3e-5 from
-fp64 without this form, and 3e-6 with it on the 8 of its 49 norms that have long rows.
+Chosen on the CPU for long rows; where sizes are dynamic, those of the example input decide. EfficientNet-Lite0 as it is
+converted by default is 1.3e-5 from fp64 without this form, and 3e-6 with it on its 8 norms of 49 that have long rows.
 """
 
 from __future__ import annotations
