@@ -94,9 +94,16 @@ def environment(code: str, *packages: str) -> dict[str, Any]:
         "versions": {
             "gnswap": code,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "timm", *packages)},
+            **{name: _version(name) for name in ("torch", "timm", *packages)},
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # its data may lie in a cache
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
