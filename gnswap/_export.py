@@ -159,8 +159,9 @@ def export_onnx(
     known = {*prepared.state_dict(), *(name for name, _ in prepared.named_buffers())}
     loose = graph.initializers.keys() - known
     found = compiler.prepare(graph, exact)
-    for one, length in zip(found, norm.example_rows(traced.program), strict=True):
-        one.example_row = length
+    rows = norm.example_rows(traced.program)
+    for one in found:
+        one.example_row = rows.get(one.path)
     choice = compiler.by_target(wanted)
     timings: dict[str, float] = {}
     if autotune and found:

@@ -198,11 +198,16 @@ def find(graph: Any) -> list[Norm]:
     return [_read(node) for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
 
 
-def example_rows(program: torch.export.ExportedProgram) -> list[int]:
-    """How many numbers a group has in the example input, of every norm that runs."""
+def example_rows(program: torch.export.ExportedProgram) -> dict[str, int]:
+    """How many numbers a group has in the example input: by module path, the most of a module that runs twice."""
     kinds = (torch.ops.gnswap.group_norm.default, torch.ops.aten.group_norm.default)
-    calls = [node for node in program.graph.nodes if node.target in kinds]
-    return [_numbers(call.args[0].meta["val"]) // int(call.args[1]) for call in calls]
+    rows: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.target in kinds:
+            stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+            path = stack[-1] if stack else ""
+            rows[path] = max(_numbers(node.args[0].meta["val"]) // int(node.args[1]), rows.get(path, 0))
+    return rows
 
 
 def _numbers(x: torch.Tensor) -> int:
