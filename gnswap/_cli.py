@@ -319,7 +319,7 @@ def demo(
 
         gnswap demo
 
-        gnswap demo --out /tmp/demo --json
+        gnswap demo --out demo --json
     """
     from gnswap import _demo
 

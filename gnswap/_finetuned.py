@@ -22,7 +22,7 @@ from gnswap._directory import readable, refuse_foreign, replaced
 from gnswap._errors import FinetuneError, MissingDependencyError, PlanError, StoreError
 from gnswap._finetuning import FINETUNING_SCHEMA_VERSION, FinetuneReport, Finetuning, Job, metric_lines
 from gnswap._matplotlib import require_figure
-from gnswap._record import on_few_lines
+from gnswap._record import differences, on_few_lines
 from gnswap._saved import ModelSource
 from gnswap._store import PLAN_FILE, WEIGHTS_FILE, save
 
@@ -73,8 +73,7 @@ def write(
         if last is not None:
             save(last, fresh / LAST, source=source)
         if groups:
-            tensors = {f"{group}.{name}": tensor for group in GROUPS for name, tensor in groups[group].items()}
-            _weights.write(fresh / TENSOR_FILE, tensors, {"format": "pt"})
+            _weights.write(fresh / TENSOR_FILE, _weights.flat(groups), {"format": "pt"})
         (fresh / STATE_FILE).write_text(on_few_lines(record.to_json()) + "\n", encoding="utf-8")
         (fresh / METRICS_FILE).write_text(metric_lines(record.report), encoding="utf-8")
         if record.report.done and can_draw():
@@ -107,8 +106,7 @@ def read(directory: Path, job: Job) -> tuple[Finetuning, dict[str, dict[str, Ten
             found=f"{type(error).__name__}: {error}",
             fix="Remove the directory to start anew.",
         ) from error
-    then, now = record.job.to_dict(), job.to_dict()
-    different = [f"{key} {then[key]} there and {now[key]} here" for key in now if then[key] != now[key]]
+    different = differences(record.job, job)
     if different:
         raise FinetuneError(
             "the directory holds another fine-tuning",
@@ -116,12 +114,8 @@ def read(directory: Path, job: Job) -> tuple[Finetuning, dict[str, dict[str, Ten
             found="; ".join(different),
             fix="Call it with what it began with, or give another directory.",
         )
-    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-    if not record.report.done:
-        for name, tensor in _weights.read(folder / TENSOR_FILE)[0].items():
-            group, _, rest = name.partition(".")
-            groups[group][rest] = tensor
-    return record, groups
+    tensors = {} if record.report.done else _weights.read(folder / TENSOR_FILE)[0]
+    return record, _weights.grouped(tensors, GROUPS)
 
 
 def can_draw() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gnswap import _weights
 from gnswap._directory import readable, refuse_foreign, replaced
 from gnswap._errors import PlanError, StoreError
-from gnswap._record import Record
+from gnswap._record import Record, differences
 
 HEALING_SCHEMA_VERSION = 1
 STATE_FILE, TENSOR_FILE = "healing.json", "healing.safetensors"
@@ -127,9 +127,8 @@ def write(directory: Path, progress: Progress, groups: dict[str, dict[str, Tenso
     Raises:
         StoreError: the directory holds something else, or cannot be written.
     """
-    tensors = {f"{group}.{name}": tensor for group in GROUPS for name, tensor in groups[group].items()}
     with replaced(directory, _foreign) as fresh:
-        _weights.write(fresh / TENSOR_FILE, tensors, {"format": "pt"})
+        _weights.write(fresh / TENSOR_FILE, _weights.flat(groups), {"format": "pt"})
         (fresh / STATE_FILE).write_text(progress.to_json() + "\n", encoding="utf-8")
 
 
@@ -166,8 +165,7 @@ def read(directory: Path, job: Job, weights: str) -> tuple[Progress, dict[str, d
             expected=str(HEALING_SCHEMA_VERSION),
             found=str(progress.schema_version),
         )
-    then, now = progress.job.to_dict(), job.to_dict()
-    different = [f"{key} {then[key]} there and {now[key]} here" for key in now if then[key] != now[key]]
+    different = differences(progress.job, job)
     if weights not in progress.weights:
         different.append("other weights of the converted network")
     if different:
@@ -177,11 +175,7 @@ def read(directory: Path, job: Job, weights: str) -> tuple[Progress, dict[str, d
             found="; ".join(different),
             fix="Call it with what it began with, or give another directory.",
         )
-    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-    for name, tensor in _weights.read(folder / TENSOR_FILE)[0].items():
-        group, _, rest = name.partition(".")
-        groups[group][rest] = tensor
-    return progress, groups
+    return progress, _weights.grouped(_weights.read(folder / TENSOR_FILE)[0], GROUPS)
 
 
 def _foreign(directory: Path) -> str | None:

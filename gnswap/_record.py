@@ -152,3 +152,9 @@ def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
 def _refuse(where: str, kind: Any, value: Any) -> typing.NoReturn:
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     raise PlanError("wrong type of value", where=where, expected=name, found=f"{value!r:.80}")
+
+
+def differences(then: Record, now: Record) -> list[str]:
+    """What two records of one kind do not agree on, in words."""
+    before, after = then.to_dict(), now.to_dict()
+    return [f"{key} {before[key]} there and {after[key]} here" for key in after if before[key] != after[key]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -213,3 +213,17 @@ def _wrong_shapes(places: dict[str, Slot], tensors: dict[str, Tensor]) -> Iterat
     for name, tensor in tensors.items():
         if name in places and tensor.shape != places[name].tensor.shape:
             yield f"{name} is {tuple(tensor.shape)}, not {tuple(places[name].tensor.shape)}"
+
+
+def flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Groups of tensors by one name each, `group.name`, as a file keeps them."""
+    return {f"{group}.{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
+
+
+def grouped(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The groups that `flat` was given; those of `names` that held nothing are empty."""
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    return groups
