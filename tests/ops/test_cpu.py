@@ -30,6 +30,8 @@ ACTS = [None, *ops.ACTIVATIONS]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(2, 12, 7, 7), (1, 64, 14, 14), (3, 6, 5, 3), (2, 20, 9, 2), (1, 33, 7, 7)]
 SHAPES += [(2, 6, 3, 4, 5), (2, 12), (3, 12, 17)]
+# in channels_last: rows that are worked on side by side, and a sample beyond the cache whose rows follow one another
+LONG_ROWS, SHORT_ROWS = (3, 532, 9, 9), (1, 28, 49, 49)
 
 
 @pytest.fixture
@@ -83,6 +85,22 @@ def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
         for name, gradient in gradients(case, dy).items():
             if name not in ("channel_scale", "channel_shift"):  # ATen's, tested elsewhere
                 assert_as_good_as(gradient, exact_dx[name])
+
+
+@needs_kernels
+@every_isa
+@pytest.mark.parametrize("act", [None, "relu", "relu6"])
+@pytest.mark.parametrize("shape", [LONG_ROWS, SHORT_ROWS], ids=str)
+def test_rows_side_by_side_and_one_after_another(shape: tuple[int, ...], act: str | None) -> None:
+    for residual in (True, False):
+        case = full_case(shape, 4, act)
+        case = replace(case, x=laid_out(case.x, "channels_last"), residual=case.residual if residual else None)
+        assert_as_good_as(case(), _reference.group_norm(*case.map(Tensor.double).arguments)[0])
+        dy = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        exact = exact_gradients(case, dy)
+        found = gradients(case, dy)
+        for name in ("x", "weight", "bias", *(["residual"] if residual else [])):
+            assert_as_good_as(found[name], exact[name])
 
 
 @needs_kernels
@@ -171,9 +189,12 @@ def test_gradcheck_through_the_kernels() -> None:
 @every_isa
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_bits_depend_neither_on_the_batch_nor_on_threads(layout: str, groups: int) -> None:
+@pytest.mark.parametrize(("shape", "act"), [((3, 16, 65, 65), "silu"), ((3, 16, 65, 65), "relu"), (LONG_ROWS, "relu")])
+def test_bits_depend_neither_on_the_batch_nor_on_threads(
+    layout: str, groups: int, shape: tuple[int, ...], act: str
+) -> None:
     """Large enough that threads share a group (groups=1), and that sums have many pieces."""
-    case = full_case((3, 16, 65, 65), groups, "silu")
+    case = full_case(shape, groups, act)
     case = replace(case, x=laid_out(case.x, layout))
     dy = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(0))
     names = ("x", "residual")

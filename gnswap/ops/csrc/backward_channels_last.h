@@ -87,15 +87,15 @@ GNSWAP_NOINLINE void rows_sums(const Problem& p, const T* x, const T* dy, const 
   const Activation<acc_t<T>> how(p.act);
   const int64_t C = p.C;
   int64_t row = 0;
-  for (; row + U <= rows; row += U) {
-    const int64_t at = row * C;
-    some_sums<T, A, Residual, U>(x + at, dy + at, offset(r, at), offset(dr, at), C, k, s, q, how);
-  }
   if constexpr (U > 1) {
-    for (; row < rows; ++row) {
+    for (; side_by_side<T>(p) && row + U <= rows; row += U) {
       const int64_t at = row * C;
-      some_sums<T, A, Residual, 1>(x + at, dy + at, offset(r, at), offset(dr, at), C, k, s, q, how);
+      some_sums<T, A, Residual, U>(x + at, dy + at, offset(r, at), offset(dr, at), C, k, s, q, how);
     }
+  }
+  for (; row < rows; ++row) {
+    const int64_t at = row * C;
+    some_sums<T, A, Residual, 1>(x + at, dy + at, offset(r, at), offset(dr, at), C, k, s, q, how);
   }
 }
 
@@ -106,11 +106,11 @@ GNSWAP_NOINLINE void rows_gradient(const Problem& p, const T* x, const T* dy, co
   const Activation<acc_t<T>> how(p.act);
   const int64_t C = p.C;
   int64_t row = 0;
-  for (; row + U <= rows; row += U)
-    some_gradient<T, A, Residual, U>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);
   if constexpr (U > 1)
-    for (; row < rows; ++row)
-      some_gradient<T, A, Residual, 1>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);
+    for (; side_by_side<T>(p) && row + U <= rows; row += U)
+      some_gradient<T, A, Residual, U>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);
+  for (; row < rows; ++row)
+    some_gradient<T, A, Residual, 1>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);
 }
 
 // Sums of all chunks -> dbias and dweight of the sample (`partial` [2, C]) -> coefficients of dx.

@@ -81,11 +81,11 @@ GNSWAP_NOINLINE void apply_rows(const Problem& p, const T* x, const T* r, T* y, 
   constexpr int U = kRowsAtOnce<A>;
   const Activation<acc_t<T>> how(p.act);
   int64_t row = 0;
-  for (; row + U <= rows; row += U)
-    apply_some<T, A, Residual, U>(x + row * p.C, offset(r, row * p.C), y + row * p.C, p.C, k, how);
   if constexpr (U > 1)
-    for (; row < rows; ++row)
-      apply_some<T, A, Residual, 1>(x + row * p.C, offset(r, row * p.C), y + row * p.C, p.C, k, how);
+    for (; side_by_side<T>(p) && row + U <= rows; row += U)
+      apply_some<T, A, Residual, U>(x + row * p.C, offset(r, row * p.C), y + row * p.C, p.C, k, how);
+  for (; row < rows; ++row)
+    apply_some<T, A, Residual, 1>(x + row * p.C, offset(r, row * p.C), y + row * p.C, p.C, k, how);
 }
 
 // Statistics of a group from the means and M2s of its channels, each over `rows` elements.
@@ -176,7 +176,7 @@ template <class T> void forward_channels_last(const Problem& p, ApplyRows<T> app
     for (int64_t c = 0; c < 2 * stride; ++c) s[c] = 0;
     const int64_t last = min(S, (chunk + 1) * rows);
     int64_t row = chunk * rows;
-    for (; row + 8 <= last; row += 8) add_rows<T, 8>(x + (n * S + row) * C, C, m.k, s, q);
+    for (; side_by_side<T>(p) && row + 8 <= last; row += 8) add_rows<T, 8>(x + (n * S + row) * C, C, m.k, s, q);
     for (; row < last; ++row) add_rows<T, 1>(x + (n * S + row) * C, C, m.k, s, q);
   };
   const auto chunk_apply = [&](int64_t n, int64_t chunk, const Sample& m) {
