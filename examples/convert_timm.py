@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         out = options.out or Path(scratch)
         gnswap.save(conversion, out / "converted")
         network = gnswap.load(out / "converted")  # the same bits on any machine
-        report = gnswap.export_onnx(network, out / "converted.onnx", photos[0][:2])
-        everything = not options.smoke  # other batches and sizes, and inputs on which careless norms fail
+        everything = not options.smoke  # any height and width; other batches, inputs on which careless norms fail
+        report = gnswap.export_onnx(network, out / "converted.onnx", photos[0][:2], dynamic_size=everything)
         parity = gnswap.validate_onnx(
             report.path, network, photos[0][:2], provider="cpu", more_shapes=everything, special_inputs=everything
         )

@@ -26,7 +26,7 @@ def detector(options: argparse.Namespace) -> nn.Module:
     if not options.smoke:
         return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d)
-    return FasterRCNN(backbone, num_classes=3, min_size=64, max_size=64)
+    return FasterRCNN(backbone, num_classes=3, min_size=64, max_size=64, box_batch_size_per_image=32)
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> gnswap.FinetuneReport:
 
     with tempfile.TemporaryDirectory() as scratch:
         data = stripes(Path(scratch) / "photos") if options.smoke else options.data
-        name = "resnet10t" if options.smoke else options.model
+        name = "test_resnet" if options.smoke else options.model
         original = timm.create_model(name, pretrained=options.pretrained).eval()
         model = gnswap.convert(original).model  # with photos of your own: calibration=, and it keeps more
         # Batch 2 is no compromise: no norm looks at more than its own sample.

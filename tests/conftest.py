@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _registration
 
 from gnswap import _samples
 from gnswap._photos import PhotoBatches
@@ -21,6 +25,23 @@ settings.load_profile("gnswap")
 def seeded() -> None:
     """The same random numbers in every run and in any order of the tests, so that a failure can be had again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_table() -> Iterator[None]:
+    """torch builds its table of ONNX functions anew for every export, half a second each: here once, then copied."""
+    registry = _registration.ONNXRegistry
+    built = functools.cache(registry.from_torchlib)
+
+    def copied(*args: Any, **options: Any) -> _registration.ONNXRegistry:
+        table, whole = registry(), built(*args, **options)
+        table._opset_version = whole.opset_version
+        table.functions = {target: list(functions) for target, functions in whole.functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(scope="session")

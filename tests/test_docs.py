@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 import typer
 from PIL import Image
 from torch import nn
@@ -27,17 +28,35 @@ from tests._models import randomise_norms
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRINCIPLES = ROOT / "examples" / "principles" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), PRINCIPLES]
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(gnswap.__path__, "gnswap.") if not module.name.endswith("__main__")
 )
-# Long or only elsewhere: healing and fine-tuning have tests of their own, the demo runs in .ci/run, a GPU is not here.
-# Such commands are read by the command line, every option and value, and not run.
-ONLY_READ = {"--heal", "finetune", "demo", "bench", "tensorrt", "--autotune", "explain"}
+# Commands that run elsewhere, and the file that runs them: CI makes a fresh environment, with a line of the README, and
+# runs the demo and the linters in it; scripts are called by the tests that judge what they find.
+ELSEWHERE = {
+    "python3 -m venv": ".ci/run",
+    ".venv/bin/pip": ".ci/run",
+    "pip": ".ci/run",
+    ".venv/bin/gnswap demo": ".ci/run",
+    ".venv/bin/pytest": ".ci/run",
+    ".venv/bin/ruff": ".ci/run",
+    ".venv/bin/mypy": ".ci/run",
+    "python docs/reference.py": "tests/test_docs.py",
+    "python examples/federated.py": "tests/test_examples.py",
+    "python examples/principles/claim4_loud_and_quiet.py": "tests/test_principles.py",
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def elsewhere(words: list[str]) -> str | None:
+    """The file that runs a command which the tests of this file do not; None where there is none."""
+    whole = shlex.join(words) + " "
+    return next((file for start, file in ELSEWHERE.items() if whole.startswith(f"{start} ")), None)
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -124,17 +143,52 @@ def test_a_wrong_command_is_seen(wrong: str) -> None:
         check(shlex.split(wrong))
 
 
-def test_the_readme_commands_run(reader: Path) -> None:
-    """The way through, on a small network, in the README's own words."""
-    ran = []
-    for words in commands(ROOT / "README.md"):
-        if words[0] != "gnswap" or ONLY_READ & set(words):
-            continue
-        result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
-        assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
-        ran.append(words[1])
-    assert set(ran) == {"inspect", "convert", "export", "validate"}
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes as long as it is told to takes less: steps of healing, seconds of measuring. Figures that nobody asked
+    for are not drawn."""
+    healed, benchmark = gnswap._cli.healed, gnswap.benchmark_onnx
+    monkeypatch.setattr(gnswap._cli, "healed", lambda *those, steps: healed(*those, steps=min(steps, 4)))
+    monkeypatch.setattr(gnswap, "benchmark_onnx", lambda *those, **given: benchmark(*those, **given | {"seconds": 0.2}))
+    monkeypatch.setattr(gnswap._finetuned, "can_draw", lambda: False)
+    monkeypatch.setattr("gnswap._report.write.figures", lambda _report: {})
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves pictures open
+def test_every_command_runs(reader: Path) -> None:
+    """One page after the other as a reader would type it, in one folder; what was typed before is not typed again."""
+    ran: list[list[str]] = []
+    for words in (words for page in PAGES for words in commands(page)):
+        if (file := elsewhere(words)) is not None:
+            assert Path(words[1] if words[0] == "python" else words[0]).stem in (ROOT / file).read_text()
+        elif words[1:] not in ran:
+            ran.append(words[1:])
+            result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+            if "--provider" in words and "tensorrt" in words and not torch.cuda.is_available():
+                assert (result.exit_code, result.stdout) == (1, "")
+                assert re.search(r"error: .*TensorrtExecutionProvider", result.stderr), result.stderr
+            else:
+                assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {words[0] for words in ran} == set(verbs) - {"demo"}
+    written = {path.name for path in reader.iterdir()}
+    assert written >= {"squash.png", "speed.png", "resnet50-gn.onnx", "resnet50-gn-fp16.onnx", "tuned.onnx"}
+    for folder in ("resnet50-gn", "tuned"):
+        assert (reader / folder / "plan.json").exists()
     assert (reader / "resnet50-gn" / "report.html").exists()
+
+
+@pytest.mark.parametrize("verb", sorted(typer.main.get_command(app).commands))  # type: ignore[attr-defined]
+def test_the_help_is_whole_and_its_examples_are_read(verb: str) -> None:
+    """A summary, examples that the command line understands, a word about every option, and the exit codes."""
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    examples = re.findall(r"^ *((?:gnswap|torchrun) .*)$", command.help, flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        check(["gnswap", *shlex.split(example.partition("gnswap ")[2])])
+    assert [one.name for one in command.params if not getattr(one, "help", None)] == []
+    assert "Exit codes: 0 fine" in command.epilog
 
 
 def test_readme_commands_are_the_ones_ci_runs() -> None:
@@ -154,11 +208,45 @@ def test_names_and_links_lead_somewhere(page: Path) -> None:
         assert "://" in link or (page.parent / link).exists(), f"{page.name}: the link {link} leads nowhere"
 
 
-@pytest.fixture(scope="module")
-def reference() -> Iterator[ModuleType]:
+def script(name: str) -> Iterator[ModuleType]:
+    """A script of docs/, as the fixture of its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "docs"))
-        yield importlib.import_module("reference")
+        yield importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[ModuleType]:
+    yield from script("figures")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[ModuleType]:
+    yield from script("reference")
+
+
+def test_every_table_of_figures_is_the_committed_results(
+    figures: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a figure that was edited by hand, a table that does not exist, and a result without its row are seen."""
+    assert figures.main(["--check"]) == 0, capsys.readouterr().out
+    shown = {name for page in PAGES for _, name, _ in figures.MARKED.findall(page.read_text())}
+    assert shown == set(figures.TABLES)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(figures, "PAGES", [page])
+    page.write_text(re.sub(r"\b0\.000\b", "0.999", README))
+    assert figures.main(["--check"]) == 1
+    assert "README.md: stale: run python docs/figures.py" in capsys.readouterr().out
+    assert figures.main([]) == 0
+    assert page.read_text() == README
+    page.write_text("<!-- figures: speed -->\n<!-- end -->")
+    with pytest.raises(LookupError, match="there is no table 'speed'"):
+        figures.main([])
+    with pytest.raises(LookupError, match=r"results/zoo.md has no table that begins with 'animal'"):
+        figures.rows_of("zoo", "animal")
+    with pytest.raises(LookupError, match="0 rows with"):
+        figures.row_of([{"swap": "naive"}], swap="other")
 
 
 def test_the_reference_is_whole(reference: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

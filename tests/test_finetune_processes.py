@@ -1,15 +1,16 @@
 """Fine-tuning on two processes over gloo: the same as on one, which BatchNorm cannot do; and one process is lost.
 
-Started as accelerate and torchrun start them, with variables of the environment.
+Started as accelerate and torchrun start them, with variables of the environment; forked from one process that has
+imported everything, as four fresh interpreters would import torch four times.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +26,35 @@ from tests.test_finetune import QUICK, network, original, pictures
 ONE_EACH: dict[str, Any] = {**QUICK, "batch_size": 1, "ema": None, "lr": 1e-3}
 LOST_AT = 11
 
-WORKER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from tests import test_finetune_processes as here
-torch.set_num_threads(1)
-getattr(here, sys.argv[1])(Path(sys.argv[2]), int(os.environ["RANK"]))
-"""
+
+def begin(task: Callable[[Path, int], None], folder: Path, environment: dict[str, str], output: Path) -> None:
+    """What one of the processes does first, and then the task."""
+    os.environ.update(environment)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    torch.set_num_threads(1)
+    task(folder, int(environment["RANK"]))
 
 
-def run(task: str, folder: Path) -> list[tuple[int, str]]:
+def run(task: Callable[[Path, int], None], folder: Path) -> list[tuple[int, str]]:
     """Two processes that call a function of this file with a folder and their rank: exit codes and what they print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": str(Path(__file__).parent.parent), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "accelerate", "torch.distributed.fsdp"])
+    outputs = [folder / f"{task.__name__}{rank}.txt" for rank in "01"]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, task, str(folder)],
-            env={**common, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
+        context.Process(target=begin, args=(task, folder, {**common, "RANK": rank, "LOCAL_RANK": rank}, output))
+        for rank, output in zip("01", outputs, strict=True)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=300)
+    return [(process.exitcode, output.read_text()) for process, output in zip(started, outputs, strict=True)]
 
 
 def two_steps(model: nn.Module, x: Tensor, labels: Tensor, batches: list[slice]) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worked(folder: Path) -> list[tuple[int, str]]:
-    return run("work", folder)
+    return run(work, folder)
 
 
 def test_two_processes_do_what_one_does_in_two_parts(folder: Path, worked: list[tuple[int, str]]) -> None:
@@ -204,7 +205,7 @@ def test_a_lost_process_ends_the_job_and_it_goes_on(folder: Path, worked: list[t
     assert "has step 8)" in output
     assert "Start the job again with the same command" in output
     assert json.loads((folder / "lost" / "finetune.json").read_text())["report"]["steps"] == 8
-    for code, output in (sharded := run("shard", folder)):
+    for code, output in (sharded := run(shard, folder)):
         assert code == 0, output
     assert all("the processes do not do the same" in output for _, output in sharded)
     for name, bound in (("lost", 0.0), ("sharded", 1e-4)):

@@ -73,7 +73,8 @@ def test_residual_before_the_activation() -> None:
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off", "ignore:Optimal order is:UserWarning")
 def test_a_private_step() -> None:
     """The whole of Opacus on top: clipping, noise, and an account of the privacy spent."""
-    opacus = pytest.importorskip("opacus")
+    import opacus
+
     model = converted(small_cnn, (3, 8, 8), photos=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = DataLoader(TensorDataset(torch.randn(16, 3, 8, 8), torch.randint(5, (16,))), batch_size=8)
