@@ -129,7 +129,12 @@ def convert(
     pretrained: Pretrained = False,
     weights: Weights = None,
     groups: Annotated[
-        str, typer.Option("--groups", metavar="auto|N", help="Number of groups in every layer.")
+        str,
+        typer.Option(
+            "--groups",
+            metavar="auto|N",
+            help="Number of groups in every layer; where N does not fit a layer, the nearest that does.",
+        ),
     ] = "auto",
     group_size: Annotated[
         int | None, typer.Option("--group-size", metavar="D", min=1, help="Channels in a group, instead of --groups.")
@@ -139,14 +144,18 @@ def convert(
         typer.Option(
             "--softness",
             metavar="auto|X",
-            help="0 is pure GroupNorm; 1 halves the fluctuation that GroupNorm adds to what BatchNorm computed.",
+            help="From 0, pure GroupNorm, towards frozen BatchNorm; 1 halves the fluctuation that GroupNorm adds.",
         ),
     ] = "auto",
     max_softness: Annotated[
-        float, typer.Option("--max-softness", metavar="X", min=0.0, help="Bound of --softness auto.")
+        float, typer.Option("--max-softness", metavar="X", min=0.0, help="The most that --softness auto may choose.")
     ] = 1.0,
     order: Annotated[
-        Literal["auto", "natural"], typer.Option("--order", help="Which channels share a group.")
+        Literal["auto", "natural"],
+        typer.Option(
+            "--order",
+            help="Which channels share a group: auto chooses them on the photos of --calib; natural are neighbours.",
+        ),
     ] = "auto",
     fidelity: Annotated[
         float | None,
@@ -171,7 +180,11 @@ def convert(
     ] = None,
     calib: Annotated[
         Path | None,
-        typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth, that choose and measure."),
+        typer.Option(
+            "--calib",
+            metavar="IMAGE_DIR",
+            help="Unlabelled photos, at any depth, on which the plan is chosen and measured; 64 to 256 are enough.",
+        ),
     ] = None,
     heal: Annotated[
         int | None,

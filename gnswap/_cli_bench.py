@@ -33,7 +33,8 @@ def bench(
         typer.Option("--other", metavar="FILE.onnx", help="Time this file as well, such as an fp16 one. Repeatable."),
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="FILE.png", help="Draw the result (needs matplotlib).")
+        Path | None,
+        typer.Option("--figure", metavar="FILE.png", help="Draw the result (needs matplotlib: gnswap[report])."),
     ] = None,
     model: Rebuilt = None,
     input_shape: InputShape = None,

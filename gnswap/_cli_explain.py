@@ -42,7 +42,8 @@ def explain(
         typer.Option("--calib", metavar="IMAGE_DIR", help="Photos, at any depth: the figures are then for these."),
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="FILE.png", help="Draw the result (needs matplotlib).")
+        Path | None,
+        typer.Option("--figure", metavar="FILE.png", help="Draw the result (needs matplotlib: gnswap[report])."),
     ] = None,
     rebuilt: Rebuilt = None,
     as_json: AsJson = False,

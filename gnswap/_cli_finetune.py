@@ -34,7 +34,9 @@ def finetune(
     val: Annotated[
         str, typer.Option("--val", metavar="DATA|SHARE", help="What judges: as --data, or a share split off.")
     ] = "0.2",
-    epochs: Annotated[float, typer.Option("--epochs", metavar="N", help="Passes over the pictures.")] = 10,
+    epochs: Annotated[
+        float, typer.Option("--epochs", metavar="N", help="Passes over the pictures; may be a fraction.")
+    ] = 10,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", min=1, help="Pictures in a forward pass of one process.")
     ] = 8,
@@ -46,7 +48,7 @@ def finetune(
         typer.Option("--lr", metavar="X", help="Highest learning rate. Default: 5e-4 sqrt(pictures in a step / 16)."),
     ] = None,
     weight_decay: Annotated[
-        float, typer.Option("--weight-decay", metavar="X", help="Never of gamma, beta and biases.")
+        float, typer.Option("--weight-decay", metavar="X", help="Of the weights; never of gamma, beta and biases.")
     ] = 0.05,
     layer_decay: Annotated[
         float,
@@ -57,7 +59,11 @@ def finetune(
     ] = 0.1,
     freeze: Annotated[
         str,
-        typer.Option("--freeze", metavar="norms|backbone|PATH", help="What is not trained; PATH: it and all before."),
+        typer.Option(
+            "--freeze",
+            metavar="none|norms|backbone|PATH",
+            help="What is not trained: backbone is all but the head, PATH a module and all before it.",
+        ),
     ] = "none",
     softness_end: Annotated[
         float | None,
@@ -67,26 +73,47 @@ def finetune(
         float | None, typer.Option("--ema", metavar="DECAY", help="Judge and keep a moving average, such as 0.999.")
     ] = None,
     distill: Annotated[
-        float, typer.Option("--distill", metavar="WEIGHT", help="Remember what the original answered, too.")
+        float,
+        typer.Option(
+            "--distill",
+            metavar="WEIGHT",
+            help="Weight, in the loss, of what the original answered on the same pictures.",
+        ),
     ] = 0.0,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option("--precision", help="Of the forward and backward pass.")
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(
+            "--precision",
+            help="Of the forward and backward pass. Default: what accelerate launch was told, else fp32.",
+        ),
     ] = None,
     augment: Annotated[
-        str, typer.Option("--augment", metavar="none|light|POLICY", help="POLICY is timm's, as rand-m9-mstd0.5.")
+        str,
+        typer.Option(
+            "--augment",
+            metavar="none|light|POLICY",
+            help="How pictures are varied; POLICY is timm's, as rand-m9-mstd0.5.",
+        ),
     ] = "light",
     head: Annotated[
-        Literal["new", "keep"], typer.Option("--head", help="keep, where the network has a fitting one.")
+        Literal["new", "keep"],
+        typer.Option("--head", help="new: random, for the classes of DATA; keep: the network's own, where it fits."),
     ] = "new",
     size: Annotated[
-        int | None, typer.Option("--size", metavar="PIXELS", min=1, help="Of the inputs. Default: the network's own.")
+        int | None,
+        typer.Option(
+            "--size", metavar="PIXELS", min=1, help="Height and width of the inputs. Default: the network's own."
+        ),
     ] = None,
     unreadable: Annotated[
         Literal["refuse", "skip"],
-        typer.Option("--unreadable", help="Pictures that cannot be read: error, or left out."),
+        typer.Option("--unreadable", help="Pictures that cannot be read are an error, or left out and counted."),
     ] = "refuse",
     workers: Annotated[
-        int, typer.Option("--workers", metavar="N", min=0, help="Processes that prepare pictures; give a GPU some.")
+        int,
+        typer.Option(
+            "--workers", metavar="N", min=0, help="Processes that prepare pictures; a GPU waits without them."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of split, order, views, new head and dropout.")] = 0,
     model: Rebuilt = None,

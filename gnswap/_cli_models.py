@@ -113,6 +113,25 @@ def _from_factory(name: str) -> nn.Module:
     return made
 
 
+def require_finite(model: nn.Module, name: str) -> None:
+    """Refuse a network that can only answer NaN: a conversion would keep that faithfully.
+
+    Raises:
+        ModelError: a parameter has a NaN or an infinity.
+    """
+    present = ((path, value) for path, value in model.named_parameters() if not torch.nn.parameter.is_lazy(value))
+    broken = [path for path, value in present if not bool(value.isfinite().all())]
+    if broken:
+        raise ModelError(
+            "the weights are not finite",
+            where=name,
+            expected="numbers in every parameter",
+            found=f"NaN or infinity in {', '.join(broken[:4])}"
+            + (f" and {len(broken) - 4} more" if len(broken) > 4 else ""),
+            fix="Take a checkpoint from before the training diverged.",
+        )
+
+
 def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Load a checkpoint file into a model, strictly and without running any code from the file.
 
@@ -153,17 +172,19 @@ def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
 
 def _read_checkpoint(path: Path) -> Any:
     if not path.is_file():
-        raise StoreError("there is no such weights file", where=str(path))
+        raise StoreError("there is no such weights file", where=str(path), fix="Check --weights.")
     if path.suffix == ".safetensors":
         return _weights.read(path)[0]
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        # torch's first line advises to turn the protection off; what it met stands further down
+        met = re.search(r"WeightsUnpickler error: ([^.\n]*)", str(error))
         raise StoreError(
             "refusing to unpickle this file",
             where=str(path),
             expected="a state dict: names and tensors only",
-            found=str(error).splitlines()[0],
+            found="something else" if met is None else met[1].strip(),
             fix="Where it was trained, save model.state_dict() alone, or a safetensors file.",
         ) from error
     except Exception as error:  # on bytes that are no checkpoint the unpickler stumbles over anything, even a KeyError

@@ -63,6 +63,7 @@ def build(name: str, *, pretrained: bool, weights: Path | None) -> nn.Module:
             _cli_output.note(note)
     elif not pretrained and not _cli_models.is_factory(name):
         _cli_output.note("the weights are random: give --pretrained or --weights for a network that knows something")
+    _cli_models.require_finite(network, name)
     return network
 
 

@@ -24,7 +24,9 @@ def validate(
     provider: Provider = "cuda",
     images: Annotated[
         Path | None,
-        typer.Option("--images", metavar="DIR", help="Photos to compare on; random numbers where not given."),
+        typer.Option(
+            "--images", metavar="DIR", help="Photos to compare on, at any depth; random numbers where not given."
+        ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Use no more than N of the photos.")] = 16,
     layers: Annotated[

@@ -212,7 +212,7 @@ def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: 
             found="portable",
         )
     if not path.parent.is_dir():
-        raise ArgumentError("no such folder", where="path", found=str(path.parent))
+        raise ArgumentError("no such folder", where="path", found=str(path.parent), fix="Make it first.")
 
 
 def _checked_opset(opset: int | None, dtype: torch.dtype, target: targets.Target) -> int:

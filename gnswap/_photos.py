@@ -218,7 +218,8 @@ def data_config(model: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
             "it is not known how photos have to be prepared",
             where=type(model).__name__,
             expected="a timm model, or a mapping with input_size",
-            fix=f"Pass timm's data configuration in place of the model: a mapping with {', '.join(_KEYS)}.",
+            fix="Pass timm's data configuration in place of the model, a mapping with "
+            f"{', '.join(_KEYS)}; or set it as the network's attribute pretrained_cfg where it is built.",
         )
     resolve: Callable[..., dict[str, Any]] = resolve_data_config  # timm's function has no type hints
     return resolve(pretrained_cfg=dict(given))

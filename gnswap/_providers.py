@@ -83,7 +83,7 @@ def open_session(
     if provider not in PROVIDERS:
         raise ArgumentError("unknown provider", where="provider", expected=", ".join(PROVIDERS), found=repr(provider))
     if not Path(path).is_file():
-        raise ArgumentError("no such file", where="path", found=str(path))
+        raise ArgumentError("no such file", where="path", found=str(path), fix="gnswap.export_onnx writes one.")
     runtime, wanted = require_onnxruntime(), PROVIDERS[provider]
     options = {"session.force_spinning_stop": "1"} if shared_cores else {}
     if provider != "cpu":
@@ -210,6 +210,8 @@ def _diagnose(runtime: Any, path: Any, provider: str, error: Exception, noise: l
             fix="The CPU has no kernel for this operator in this precision, as for convolutions in bf16: export in "
             "fp32 or fp16, or ask for provider='cuda'."
             if no_kernel
+            else "It is cut off, or no ONNX file: export it again."
+            if "INVALID_PROTOBUF" in reason
             else None,
         ) from error
     try:

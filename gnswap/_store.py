@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -163,12 +164,24 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def require_free(directory: str | Path) -> None:
-    """Refuse early what `save` would refuse: a directory that holds something else than a saved conversion.
+    """Refuse early what `save` would refuse, since what is to be saved there may take hours.
 
     Raises:
-        StoreError: it is a file, or holds other files.
+        StoreError: it is a file, holds other files than a saved conversion, or cannot be made.
     """
-    refuse_foreign(Path(directory).resolve(), _foreign)
+    wanted = Path(directory).resolve()
+    refuse_foreign(wanted, _foreign)
+    there = next(folder for folder in wanted.parents if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".gnswap-", dir=there).cleanup()
+    except OSError as error:
+        raise StoreError(
+            "the directory cannot be made",
+            where=str(wanted),
+            expected=f"a folder that can be written: {there}",
+            found=f"{type(error).__name__}: {error.strerror}",
+            fix="Choose another directory.",
+        ) from error
 
 
 def saved_source(directory: str | Path) -> ModelSource | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -411,6 +412,20 @@ def test_convert_with_a_glob_that_fits_nothing(run: Run) -> None:
     assert "layer9.*" in said(result)
 
 
+def test_a_directory_that_cannot_be_made_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = run("convert", "nets:small", "-o", "nets.py/deep/out")
+    assert result.exit_code == 1
+    assert re.match(r"error: the directory cannot be made \(at .*/nets.py/deep/out\): expected a folder", said(result))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_photos_for_a_network_that_does_not_say_how_it_wants_them(run: Run, photos: Path) -> None:
+    result = run("convert", "nets:silent", "-o", "out", "--calib", str(photos))
+    assert result.exit_code == 1
+    assert "or set it as the network's attribute pretrained_cfg where it is built" in said(result)
+
+
 @pytest.mark.parametrize("content", [None, "empty"])
 def test_convert_without_photos(content: str | None, run: Run, tmp_path: Path) -> None:
     if content:
@@ -480,6 +495,8 @@ def test_a_whole_pickled_model(run: Run) -> None:
     torch.save(nn.Linear(2, 2), "w.pth")
     result = run("convert", "nets:small", "-o", "out", "--weights", "w.pth")
     assert result.exit_code == 1
+    assert "names and tensors only, found Unsupported global: GLOBAL torch" in said(result)
+    assert "weights_only" not in said(result), "torch's advice to turn the protection off"
     assert "save model.state_dict() alone" in said(result)
 
 
@@ -499,6 +516,16 @@ def test_weights_that_do_not_fit(change: Any, message: str, run: Run, trained: n
     assert result.exit_code == 1
     assert "the weights do not fit the model" in said(result)
     assert message in said(result)
+
+
+def test_weights_that_diverged(run: Run, trained: nn.Module) -> None:
+    state = dict(trained.state_dict())
+    state["5.bias"] = torch.full((5,), float("nan"))
+    torch.save(state, "w.pth")
+    result = run("convert", "nets:small", "-o", "out", "--weights", "w.pth")
+    assert result.exit_code == 1
+    assert "error: the weights are not finite (at nets:small)" in said(result)
+    assert "found NaN or infinity in 5.bias. Take a checkpoint from before the training diverged." in said(result)
 
 
 @pytest.mark.parametrize(
