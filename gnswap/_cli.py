@@ -239,8 +239,7 @@ def convert(
     names: tuple[str, ...] = ()
     if calib is not None:
         photos = PhotoBatches(calib, network, limit=limit, skip_unreadable=True)
-        for skipped in photos.skipped:
-            _cli_output.note(f"skipped: {skipped}")
+        _cli_output.skipped(photos.skipped)
         options["calibration"] = _cli_output.Watched(photos, f"{photos.photos} photos")
         names = photos.names
     with _cli_output.step("converting"), _cli_output.warnings_as_notes():

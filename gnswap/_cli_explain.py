@@ -74,8 +74,7 @@ def explain(
     else:
         network = _cli_options.build(model, pretrained=pretrained, weights=weights)
     photos = None if calib is None else PhotoBatches(calib, network, skip_unreadable=True)
-    for skipped in photos.skipped if photos is not None else ():
-        _cli_output.note(f"skipped: {skipped}")
+    _cli_output.skipped(photos.skipped if photos is not None else ())
     with _cli_output.step("explaining"), _cli_output.warnings_as_notes():
         explanation = gnswap.explain(
             network,

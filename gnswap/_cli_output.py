@@ -48,6 +48,12 @@ def note(text: str) -> None:
     stderr().print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
+def skipped(reasons: tuple[str, ...]) -> None:
+    """Pictures that cannot be read and were left out."""
+    for reason in reasons:
+        note(f"skipped: the picture cannot be read: {reason}")
+
+
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
     """Say on stderr what is going on, and on a terminal how long it took.

@@ -58,7 +58,9 @@ def validate(
     network = _cli_options.load(directory, model)
     inputs: Any = _cli_options.example(network, input_shape)
     if images is not None:
-        inputs = list(PhotoBatches(images, network, batch_size=min(16, limit), limit=limit, skip_unreadable=True))
+        photos = PhotoBatches(images, network, batch_size=min(16, limit), limit=limit, skip_unreadable=True)
+        _cli_output.skipped(photos.skipped)
+        inputs = list(photos)
     before = gnswap.revert(network) if original else None
     with _cli_output.step(f"running {file} on {provider}"), _cli_output.warnings_as_notes():
         parity = gnswap.validate_onnx(

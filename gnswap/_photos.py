@@ -41,7 +41,7 @@ class PhotoBatches:
 
     Attributes:
         config: timm's data configuration in use.
-        skipped: the unreadable pictures, as text; empty unless `skip_unreadable` is set.
+        skipped: the unreadable pictures, each with the reason; empty unless `skip_unreadable` is set.
 
     Yields:
         float32 `[batch, channels, height, width]`.
@@ -121,11 +121,15 @@ class PhotoBatches:
             try:
                 picture(source, self._mode)
             except CalibrationError as error:
-                skipped.append(str(error))
+                skipped.append(f"{error.where}: {error.found}")
             else:
                 readable.append(source)
         if not readable:
-            raise CalibrationError("none of the photos can be read", where=skipped[0])
+            raise CalibrationError(
+                "none of the photos can be read",
+                found=f"{len(skipped)} that cannot, first {skipped[0]}",
+                fix="Give pictures that open in an image viewer.",
+            )
         self.skipped = tuple(skipped)
         return readable
 

@@ -570,7 +570,9 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
     assert json.loads(result.stdout)["dynamic_axes"][0] == "batch"
 
     validate = ("validate", "out.onnx", "out", "--provider", "cpu", "--model", "nets:small")
+    (photos / "broken.png").write_bytes(b"no picture")
     result = run(*validate, "--images", str(photos), "--json")
+    assert "skipped: the picture cannot be read: " in said(result)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["passed"] is True
     result = run(*validate)

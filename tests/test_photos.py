@@ -153,7 +153,10 @@ def test_truncated_picture_is_named(folder: Path, suffix: str) -> None:
 
 def test_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(CalibrationError, match="none of the photos can be read"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"none of the photos can be read: found \d that cannot, first /.*\. Give pictures that open",
+    ):
         PhotoBatches(tmp_path, PLAIN, skip_unreadable=True)
 
 
