@@ -148,6 +148,11 @@ def zoo() -> str:
     return table([f"timm's {data['architectures']} networks with a BatchNorm", "networks"], lines) + source("zoo")
 
 
+def zoo_exceptions() -> str:
+    rows = rows_of("zoo", "exception")
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def outcome(counts: dict[str, int]) -> str:
     first = ("passed", "failed")
     names = sorted(counts, key=lambda name: (first.index(name) if name in first else len(first), name))
@@ -231,7 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
         *(beyond_timm, cost, counts, data_free, export, export_range),
-        *(kept, kernels, small_batch, with_photos, zoo),
+        *(kept, kernels, small_batch, with_photos, zoo, zoo_exceptions),
     )
 }
 

@@ -155,6 +155,7 @@ def test_statistics_are_those_of_the_network() -> None:
     _zoo_cases.give_statistics(model, x)
     norms = [norm for _, norm in _zoo_cases.find_norms(model)]
     assert all(norm.momentum == 0.1 and not norm.training for norm in norms)
+    assert all(norm.running_var.min() >= 0.99e-3 * norm.running_var.mean() for norm in norms)
     gammas = torch.cat([norm.weight.detach() for norm in norms])
     assert (gammas < -0.1).any()
     assert (gammas.abs() < 1e-2).any()

@@ -83,6 +83,7 @@ def test_the_table_counts(zoo: Any) -> None:
 def test_the_summary_says_what_is_missing_and_of_which_code(zoo: Any) -> None:
     summary = zoo.summary(filled(), KNOWN)
     assert summary["values"] == {"passed": 2, "failed": 1, "not run": 2}
+    assert summary["meta"] == {"passed": 1, "failed": 1, "not run": 1}
     assert summary["export"] == {"passed": 1, "original fails": 1, "failed": 1, "not run": 2}
     assert summary["covered by values or shapes"] == 3
     assert summary["rows by version of gnswap"]["values"] == {"abc": 2, "def": 1}
@@ -94,6 +95,20 @@ def test_the_page_of_failures_has_every_error(zoo: Any) -> None:
     assert "## b: revert (values, gnswap def)" in page
     assert "The BatchNorm original fails as well:\n\n```text\nValueError: no" in page
     assert "| pickle | no \\| pickle | 1 |" in page
+
+
+def test_every_exception_has_its_reason(zoo: Any) -> None:
+    header, _, *lines = zoo.exceptions(filled(), KNOWN).splitlines()
+    assert header == "| exception | networks |"
+    assert lines == [
+        "| does not apply: pickle: no \\| pickle (c) | 1 |",
+        "| failed: revert (export): Traceback: broken (c) | 1 |",
+        "| failed: revert (export): the BatchNorm original fails as well (b) | 1 |",
+        "| failed: revert (meta): Traceback: broken (d) | 1 |",
+        "| failed: revert (values): Traceback: broken (b) | 1 |",
+        "| not run: export: too little time (d, e) | 2 |",
+        "| not run: values: too little time so far; 0 pass the checks of shapes (d, e) | 2 |",
+    ]
 
 
 def test_families_take_turns(zoo: Any) -> None:

@@ -189,7 +189,8 @@ def reverted(case: Case) -> None:
     require(list(one) == list(two), "other names after revert")
     different = [name for name, value in two.items() if not value.is_meta and not torch.equal(value, one[name])]
     require(not different, f"other values after revert: {different[:5]}")
-    require(same(run(back, case.x), case.answers), "another output after revert")
+    if not case.x.is_meta:  # the same modules have the same shapes
+        require(same(run(back, case.x), case.answers), "another output after revert")
 
 
 def copied(case: Case) -> None:
@@ -247,16 +248,9 @@ def trained(case: Case) -> None:
 
 def features_only(case: Case) -> None:
     """timm's feature extractor converts as well, and gives the original's shapes."""
-    for device in ("meta", "cpu"):
-        try:
-            original = of_original(lambda device=device: build(case.name, device, features_only=True))
-            x = case.x[:1].to(device)
-            expected = of_original(lambda model=original, x=x: run(model, x))
-        except DoesNotApply:
-            if device == "cpu" or case.x.is_meta:
-                raise
-            continue
-        break
+    x = case.x[:1]
+    original = of_original(lambda: build(case.name, x.device.type, features_only=True))
+    expected = of_original(lambda: run(original, x))
     if not find_norms(original):
         raise DoesNotApply("no BatchNorm in the feature extractor")
     found = run(gnswap.convert(original).model, x)
@@ -281,7 +275,7 @@ def forward_features(case: Case) -> None:
     expected = of_original(lambda: _in_two_steps(case.original, case.x[:1]))
     found = _in_two_steps(case.converted, case.x[:1])
     require_shapes(found, expected)
-    if same(expected, run(case.original, case.x[:1])):
+    if same(expected, case.answers if len(case.x) == 1 else run(case.original, case.x[:1])):
         require(same(found, case.single_answer), "another output than in one step")
 
 

@@ -194,11 +194,40 @@ def failures(rows: dict[str, dict[str, Row]]) -> str:
     return "\n".join(text)
 
 
+def exceptions(rows: dict[str, dict[str, Row]], known: dict[str, Row]) -> str:
+    """What failed, does not apply or was not run, and why, counted: the README has this table."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for kind in KINDS:
+        for name, row in rows[kind].items():
+            for title, error in row["failed"].items():
+                *_, last = error.strip().splitlines()
+                why = "the BatchNorm original fails as well" if row.get("original_fails") else last
+                found[f"failed: {title} ({kind})", why].append(name)
+            for title, reason in row.get("does_not_apply", {}).items():
+                if name not in found[f"does not apply: {title}", reason]:  # it may have a row of shapes, too
+                    found[f"does not apply: {title}", reason].append(name)
+    for kind in ("values", "export"):
+        names = [name for name in known if state(rows[kind].get(name)) == "not run"]
+        by_shapes = sum(state(rows["meta"].get(name)) == "passed" for name in names)
+        why = (
+            f"too little time so far; {by_shapes} pass the checks of shapes" if kind == "values" else "too little time"
+        )
+        if names:
+            found[f"not run: {kind}", why] = names
+    cells = []
+    for (title, why), names in sorted(found.items()):
+        which = f" ({', '.join(sorted(names))})" if len(names) <= 3 else ""
+        cells.append([f"{title}: {why}{which}".replace("|", "\\|"), str(len(names))])
+    return markdown_table(["exception", "networks"], cells)
+
+
 def summary(rows: dict[str, dict[str, Row]], known: dict[str, Row]) -> Row:
     """The counts over all architectures, and of how many rows each version of gnswap is."""
+    with_values = {name for name in known if state(rows["values"].get(name)) == "passed"}
+    asked = {"values": known, "meta": set(known) - with_values, "export": known}
     return {
         "architectures": len(known),
-        **{kind: dict(Counter(state(rows[kind].get(name)) for name in known)) for kind in KINDS},
+        **{kind: dict(Counter(state(rows[kind].get(name)) for name in asked[kind])) for kind in KINDS},
         "covered by values or shapes": sum(
             "passed" in (state(rows["values"].get(name)), state(rows["meta"].get(name))) for name in known
         ),
@@ -236,7 +265,7 @@ def main() -> None:
     lines = [
         f"- {key}: {value}" for key, value in data.items() if key not in ("command", "date", "machine", "versions")
     ]
-    text = "\n".join([*lines, "", as_table(rows, known), per_check(rows)])
+    text = "\n".join([*lines, "", as_table(rows, known), per_check(rows), exceptions(rows, known)])
     write("zoo", f"The {len(known)} BatchNorm networks of timm", text, data)
     (RESULTS / "zoo_failures.md").write_text(f"# What failed in the zoo\n\n{failures(rows)}")
 
