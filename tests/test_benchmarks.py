@@ -171,3 +171,31 @@ def test_rows_of_any_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     rows.add("second", {"value": 2})
     assert {row["key"]: row["code"] for row in rows.rows.values()} == {"first": "abc", "second": "def+changes"}
     assert "first" in report.Rows(path, "ghi", any_code=True)
+
+
+def test_turns_that_waited_for_a_processor_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = script("_turns", monkeypatch)
+    waits = iter([1.0, 0.0, 0.0, 1.0, 0.0, 0.0] + [1.0] * 99)
+    total = 0.0
+    calls: list[int] = []
+
+    def waited() -> float:  # read before and after every turn
+        nonlocal total
+        if len(reads) % 2:
+            total += next(waits)
+        reads.append(0)
+        return total
+
+    reads: list[int] = []
+    monkeypatch.setattr(turns, "waited", waited)
+    quiet = turns.take_turns({"a": lambda: calls.append(1)}, (4, 4), 0.0, 2)
+    assert (quiet.quiet, len(quiet.times["a"]), len(calls)) == (4, 4, 2 + 6)
+    loud = turns.take_turns({"a": lambda: calls.append(1)}, (4, 4), 0.0, 2)
+    assert (loud.quiet, len(loud.times["a"])) == (0, 8)
+
+
+def test_waits_are_read_where_linux_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = script("_turns", monkeypatch)
+    assert turns.waited() >= 0
+    if Path("/proc/self/schedstat").exists():
+        assert turns.waited() > 0

@@ -25,7 +25,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from _turns import take_turns
 from torch import Tensor, nn
 
 import gnswap
@@ -61,7 +61,8 @@ TARGETS = {
 # training step of ResNet-50, batch 2: times ours
 STEP_TARGETS = {"torch.nn.GroupNorm": 1.1, "BatchNorm": 1.0}
 # turns of a row, and the seconds that all its turns may take
-TURNS, SECONDS = (5, 15), 0.35
+TURNS, SECONDS, PATIENCE = (5, 60), 0.35, 4
+STEP_TURNS = 10
 # Norms that share one backward: as many as have this many elements together
 ELEMENTS, MOST_NORMS = 2_000_000, 8
 
@@ -179,32 +180,13 @@ class Contenders:
                 raise SystemExit(f"{self.problem.key}: wrong result {index}, error {error:.2g}")
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], turns: tuple[int, int], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call in each turn; short calls are repeated within a turn, long ones take fewer turns."""
-    once = {}
-    for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        once[name] = max(time.perf_counter() - start, 1e-6)
-    count = max(turns[0], min(turns[1], int(seconds / sum(once.values()))))
-    repeats = {name: max(1, min(200, int(seconds / len(calls) / count / once[name]))) for name in calls}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(count):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
-    return times
-
-
 def measure(problem: Problem) -> dict[str, Any]:
     """One row: the best eager form, and the ratios to it and (forward) to a copy."""
     contenders = Contenders(problem)
     contenders.check()
     with torch.set_grad_enabled(contenders.train):
-        times = take_turns(contenders.calls(), TURNS, SECONDS)
+        turns = take_turns(contenders.calls(), TURNS, SECONDS, PATIENCE)
+    times = turns.times
     best = min((name for name in times if name.startswith("eager")), key=lambda name: statistics.median(times[name]))
 
     def ratio(one: str, other: str) -> float:
@@ -213,6 +195,7 @@ def measure(problem: Problem) -> dict[str, Any]:
     return {
         "eager_form": best,
         "norms": len(contenders.inputs),
+        "quiet_turns": turns.quiet,
         "milliseconds": {name: min(values) for name, values in times.items()},
         "speedup": ratio(best, "gnswap"),
         "over_copy": None if contenders.train else ratio("gnswap", "copy"),
@@ -259,7 +242,8 @@ def measure_step(layout: str) -> dict[str, Any]:
             optimizer.step()
 
         calls[name] = step
-    times = take_turns(calls, (10, 10), 0.0)
+    turns = take_turns(calls, (STEP_TURNS, STEP_TURNS), 0.0)
+    times = turns.times
 
     def speedups(ours: str) -> dict[str, float]:
         return {
@@ -268,6 +252,7 @@ def measure_step(layout: str) -> dict[str, Any]:
         }
 
     return {
+        "quiet_turns": turns.quiet,
         "milliseconds": {name: min(values) for name, values in times.items()},
         "speedup": speedups("gnswap"),
         "speedup_apart": speedups("gnswap, activations apart"),
@@ -308,7 +293,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
                     table.append([allocator, name, f"{row['speedup'][opponent]:.2f}", f"{target}", "", ""])
                     apart = f"{row['speedup_apart'][opponent]:.2f}"
                     table.append([allocator, f"{name}, without `absorb=True`", apart, "", "", ""])
-    return markdown_table(["allocator", "what", "median", "asked for", "worst row", "rows below 1"], table)
+    loud = sum(row["quiet_turns"] < TURNS[0] for row in rows if row["direction"] != "step")
+    steps = " / ".join(str(row["quiet_turns"]) for row in rows if row["direction"] == "step")
+    text = markdown_table(["allocator", "what", "median", "asked for", "worst row", "rows below 1"], table)
+    return (
+        f"{text}\nThreads waited for a processor in all but {TURNS[0] - 1} or fewer turns of {loud} of the rows; the "
+        f"steps had {steps} turns of {STEP_TURNS} without.\n"
+    )
 
 
 def details(rows: list[dict[str, Any]]) -> str:
