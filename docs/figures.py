@@ -59,8 +59,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def source(name: str) -> str:
     data = data_of(name)
     versions = data["versions"]
+    command = re.sub(r" (--)?report\b", "", data["command"])  # what measures, and not only what writes the table
     return (
-        f"\n`{data['command']}`, {data['date']}, gnswap {versions.get('gnswap', 'of several commits')}, "
+        f"\n`{command}`, {data['date']}, gnswap {versions.get('gnswap', 'of several commits')}, "
         f"torch {versions['torch']} ([result](RESULTS/{name}.md)).\n"
     )
 
