@@ -15,8 +15,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> ChannelStatistics:
 
     `gnswap.plan(model, calibration=batches)` does this by itself. Call it yourself where the photos are spread over
     processes (collect on each, `merge` the statistics, hand them to `plan`), or to make several plans from one pass.
-    From statistics alone a plan chooses order, signs, groups and softness; a target fidelity and corrections need
-    the photos themselves.
+    From statistics alone a plan chooses order, signs, groups and levels; a target fidelity, corrections and the help of
+    random views need the photos themselves.
 
     Memory: 40 bytes for each sample and channel of every norm, 70 MB for 64 photos through ResNet-50.
 

@@ -16,7 +16,7 @@ constants assume, so a constant offset is an error like any other.
 
 Why a guard: with fewer samples than channels the search can drive J to nothing on the samples it sees and not
 elsewhere. So only the leading directions of the tables take part, patches of the samples count as samples of their
-own, and `arrange` judges on samples that the search did not see.
+own, random views of them may be added, and `arrange` judges on samples that the search did not see.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _RANK = 48  # leading directions of each table that take part in the search; the
 _ROUNDS = 200  # of exchanges between groups; the search has settled long before
 _HELD_OUT = 4  # every 4th sample judges
 _LEVEL = (0.1, 10.0)  # bounds of `level`
+_BY_SAMPLE = ("mean", "square", "patch_mean", "patch_square")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,12 @@ class Tables:
 
     def rows(self, index: Tensor) -> Tables:
         """The tables of some samples."""
-        names = ("mean", "square", "patch_mean", "patch_square")
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in _BY_SAMPLE})
+
+    def and_rows(self, others: Tables) -> Tables:
+        """The tables with other samples of the same layer behind them."""
+        joined = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in _BY_SAMPLE}
+        return dataclasses.replace(self, **joined)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,12 @@ class Judged:
 
 
 def arrange(
-    tables: Tables, num_groups: int, owner: Tensor | None = None, *, given: tuple[int, ...] | None = None
+    tables: Tables,
+    num_groups: int,
+    owner: Tensor | None = None,
+    *,
+    given: tuple[int, ...] | None = None,
+    views: Tables | None = None,
 ) -> Judged:
     """Choose order and signs for one layer.
 
@@ -102,6 +112,7 @@ def arrange(
         num_groups: G; divides C.
         owner: which sample each row is of, int64 `[N]`: the rows of one sample stay on one side. None: one row each.
         given: an order to start from and to keep; only the signs are searched then.
+        views: more samples to search on, made out of those that do not judge.
 
     Returns:
         The best candidate and its evidence.
@@ -115,10 +126,11 @@ def arrange(
     """
     apart = held_out(torch.arange(len(tables.mean)) if owner is None else owner)
     seen, held = tables.rows(~apart), tables.rows(apart)
+    searched = seen if views is None else seen.and_rows(views)
     start = Arrangement(given)
-    candidates = [start, dataclasses.replace(_search(seen, num_groups, given, exchange=False), order=given)]
+    candidates = [start, dataclasses.replace(_search(searched, num_groups, given, exchange=False), order=given)]
     if given is None and num_groups > 1:
-        candidates.append(_search(seen, num_groups, None, exchange=True))
+        candidates.append(_search(searched, num_groups, None, exchange=True))
     best = min(candidates, key=lambda candidate: fluctuation(held, num_groups, candidate))
     natural = Arrangement()
     return Judged(

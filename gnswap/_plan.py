@@ -67,7 +67,7 @@ def plan(
         calibration: input batches (tensors, or tuples whose first item is the input), or what `gnswap.calibrate`
             made of them. 64 to 256 unlabelled photos like those that the network is for. They are read once and held in
             memory, and it does not matter in which order or batches they come: a quarter of them, chosen by
-            content, judges what the others suggest.
+            content, judges what the others and random views of them suggest.
         include: glob or globs over module paths: only these layers are swapped.
         exclude: glob or globs: these are kept.
         overrides: for single layers: a mapping from glob or path to a mapping with any of "groups", "group_size",

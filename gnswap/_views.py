@@ -65,7 +65,7 @@ def _coloured(x: Tensor, generator: torch.Generator) -> Tensor:
     rows, channels = x.shape[:2]
     whole, own = (rows, *[1] * (x.ndim - 1)), (rows, channels, *[1] * (x.ndim - 2))
     every = tuple(range(1, x.ndim))
-    mean, spread = x.mean(every, keepdim=True), x.std(every, keepdim=True)
+    mean, spread = x.mean(every, keepdim=True), x.std(every, correction=0, keepdim=True)
     contrast = 1 + _between(-_CONTRAST, _CONTRAST, whole, generator) + _between(-_TINT, _TINT, own, generator)
     brightness = _between(-_BRIGHTNESS, _BRIGHTNESS, whole, generator)
     return mean + (x - mean) * contrast.to(x) + spread * brightness.to(x)

@@ -136,3 +136,12 @@ def test_rows_of_one_sample_stay_together() -> None:
 def test_dead_channels_and_silent_layers() -> None:
     layer = dataclasses.replace(tables(32, 8), weight=torch.zeros(8))
     assert arrange(layer, 2).held == 0
+
+
+def test_views_take_part_in_the_search_and_judge_nothing() -> None:
+    """Too few samples say little about others; more of their kind say more. What judges stays as it is."""
+    whole = tables(512, 192, common=0.2)
+    few, more, others = (whole.rows(torch.arange(*span)) for span in ((0, 16), (16, 256), (256, 512)))
+    alone, helped = arrange(few, 12), arrange(few, 12, views=more)
+    assert (helped.natural_seen, helped.natural_held) == (alone.natural_seen, alone.natural_held)
+    assert fluctuation(others, 12, helped.arrangement) < fluctuation(others, 12, alone.arrangement)
