@@ -172,7 +172,9 @@ def export_onnx(
     onnx_graph.strip_traces(graph)
     versions = _versions(onnx)
     compiled.metadata_props.clear()
-    compiled.metadata_props.update(_properties(model, target, versions) | compiler.layouts(found))
+    compiled.metadata_props.update(
+        _properties(model, target, versions) | compiler.layouts(found) | compiler.affine_behind(found)
+    )
     proto, files = write.write(compiled, path, opset)
     return ExportReport(
         path=str(path),

@@ -122,6 +122,16 @@ def layouts(proto: Any) -> dict[str, list[list[int] | None]]:
     return found
 
 
+def affine_behind(proto: Any) -> dict[str, list[bool]]:
+    """Norms whose gamma and beta the export has put into the next layer's weights: by module path, for each call.
+
+    Their result in the file is the bare normalised tensor; a wrong factor shows in the layers after.
+    """
+    text = next((entry.value for entry in proto.metadata_props if entry.key == "gnswap.affine_behind"), "{}")
+    found: dict[str, list[bool]] = json.loads(text)
+    return found
+
+
 def with_outputs(path: str | os.PathLike[str], names: Iterable[str], folder: Path) -> Path:
     """A copy of the file, in `folder`, that also gives these inner values, after its own outputs."""
     import onnx

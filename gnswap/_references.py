@@ -86,6 +86,17 @@ def outputs(model: nn.Module, case: Case) -> list[Tensor]:
     return [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def with_affine(model: nn.Module, path: str, x: Tensor) -> Tensor:
+    """`gamma * x + beta` of the norm at `path`, in fp64; x `[N, C, ...]`."""
+    norm = model.get_submodule(path)
+    assert isinstance(norm, FusedGroupNorm | nn.GroupNorm)
+    weight, bias = norm.effective_affine() if isinstance(norm, FusedGroupNorm) else (norm.weight, norm.bias)
+    shape = (-1, *[1] * (x.dim() - 2))
+    if weight is not None:
+        x = x * weight.detach().double().cpu().reshape(shape)
+    return x if bias is None else x + bias.detach().double().cpu().reshape(shape)
+
+
 def norm_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Every GroupNorm by its first path, with all its paths."""
     found: dict[int, list[str]] = {}

@@ -224,13 +224,16 @@ def _layers(
     with tempfile.TemporaryDirectory() as folder:
         session = _providers.open_session(_onnx_scopes.with_outputs(path, names, Path(folder)), provider)
         heard = dict(zip([output.name for output in session.get_outputs()], _providers.run(session, case), strict=True))
-    stored = _onnx_scopes.layouts(proto)
+    stored, behind = _onnx_scopes.layouts(proto), _onnx_scopes.affine_behind(proto)
     for name, listed in wanted.items():
         orders = next((stored[path] for path in paths[name] if path in stored), [None] * len(listed))
-        for value, order, (own, exact) in zip(listed, orders, expected[name], strict=True):
+        bare = next((behind[path] for path in paths[name] if path in behind), [False] * len(listed))
+        for value, order, is_bare, (own, exact) in zip(listed, orders, bare, expected[name], strict=True):
             found = heard[value].double()
             if order is not None:
                 found = found[:, torch.argsort(torch.tensor(order))]
+            if is_bare:
+                found = _references.with_affine(judge.references.own, name, found)
             if found.shape != exact.shape:
                 judge.notes.append(f"{name} not compared: {value} in the file is {tuple(found.shape)}")
                 continue

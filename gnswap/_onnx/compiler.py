@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gnswap._onnx import fold, norm, order, targets
-from gnswap._onnx.edit import Array, remove_unused, take_over
+from gnswap._onnx.edit import remove_unused, take_over
 from gnswap._onnx.lowering import Lowering
 from gnswap._record import Record
 
@@ -26,6 +26,7 @@ class NormExport(Record):
         lowering: name of the form.
         reason: why this form.
         standardisation: "none", "folded into CONV" (the layer in front computes it), or "in the norm".
+        affine: gamma and beta: "none", "folded into CONV" (the layer behind multiplies by them), or "in the norm".
         channel_order: "natural", "in the neighbours' weights", "1 Gather" or "2 Gathers".
     """
 
@@ -35,10 +36,11 @@ class NormExport(Record):
     lowering: str
     reason: str
     standardisation: str
+    affine: str
     channel_order: str
 
 
-def prepare(graph: Any, exact: Mapping[str, Array]) -> Norms:
+def prepare(graph: Any, exact: fold.Exact) -> Norms:
     """Give the neighbours what they can take; the norms that are left have their groups side by side.
 
     Args:
@@ -81,6 +83,15 @@ def layouts(norms: Norms) -> dict[str, str]:
     return {"gnswap.channel_layouts": json.dumps(moved, separators=(",", ":"))} if moved else {}
 
 
+def affine_behind(norms: Norms) -> dict[str, str]:
+    """What the file says of norms whose gamma and beta are in the next layer (see `_onnx_scopes.affine_behind`)."""
+    found: dict[str, list[bool]] = {}
+    for one in norms:
+        found.setdefault(one.path, []).append(one.behind is not None)
+    moved = {path: calls for path, calls in found.items() if any(calls)}
+    return {"gnswap.affine_behind": json.dumps(moved, separators=(",", ":"))} if moved else {}
+
+
 def by_target(target: targets.Target) -> Choice:
     """The choice that needs no measurement."""
     return lambda one: targets.choose(one, target)
@@ -88,7 +99,7 @@ def by_target(target: targets.Target) -> Choice:
 
 def _row(one: norm.Norm, lowering: Lowering, reason: str) -> NormExport:
     standardised = one.scale is not None or one.shift is not None
-    folded = "none" if one.folded is None else f"folded into {one.folded}"
+    mapped = one.weight is not None or one.bias is not None
     ordered = "in the neighbours' weights" if one.ordered else "natural"
     gathers = f"{one.gathers} Gather{'s' * (one.gathers > 1)}"
     return NormExport(
@@ -97,6 +108,13 @@ def _row(one: norm.Norm, lowering: Lowering, reason: str) -> NormExport:
         num_groups=one.num_groups,
         lowering=lowering.name,
         reason=reason,
-        standardisation="in the norm" if standardised else folded,
+        standardisation=_place(standardised, one.folded),
+        affine=_place(mapped, one.behind),
         channel_order=gathers if one.gathers else ordered,
     )
+
+
+def _place(is_here: bool, layer: str | None) -> str:
+    if is_here:
+        return "in the norm"
+    return "none" if layer is None else f"folded into {layer}"

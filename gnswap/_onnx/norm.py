@@ -36,6 +36,7 @@ class Norm:
         weight, bias, scale, shift: `[C]` in fp64, or None.
         order: int64 `[C]`, or None.
         folded: name of the layer that took scale and shift; None where nobody did.
+        behind: name of the layer that took weight and bias; None where nobody did.
         ordered: whether there was an order.
         gather_before, gather_behind: indices by which channels are moved at run time, before and behind the
             statistics, or None.
@@ -54,6 +55,7 @@ class Norm:
     shift: Array | None
     order: Array | None
     folded: str | None = None
+    behind: str | None = None
     ordered: bool = False
     gather_before: Array | None = None
     gather_behind: Array | None = None

@@ -30,6 +30,8 @@ class PlainGroupNorm(FusedGroupNorm):
         # clones: a cast of the network would otherwise reach them through the parameter
         self.register_buffer("folded_weight", None if weight is None else weight.detach().clone())
         self.register_buffer("folded_bias", None if bias is None else bias.detach().clone())
+        # of a root module, torch.export counts the buffers that are None as if they came last
+        self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What `FusedGroupNorm.forward` computes."""
