@@ -11,8 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from _models import randomise_norms
 from torch import Tensor, nn
 
+import gnswap
 from gnswap._export import ExportReport, export_onnx
 from gnswap._layer import FusedGroupNorm
 from gnswap._validate import validate_onnx
@@ -184,3 +186,52 @@ def test_outputs_in_a_dict_of_tuples(tmp_path: Path) -> None:
     assert [one.name for one in report.inputs] == ["x", "z"]
     assert len(report.outputs) == 3
     assert validate_onnx(report.path, model, inputs, provider="cpu", more_shapes=False, special_inputs=False).passed
+
+
+class Drawn(nn.Module):
+    """A network drawn by a seed: convs of every kind, BatchNorms, sums, concatenations."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.steps, self.layers, channels = [], nn.ModuleList([nn.Conv2d(3, 16, 3, padding=1)]), 16
+        for kind in torch.randint(0, 6, (5,)).tolist():
+            if kind == 5:
+                self.steps.append("concat")
+                self.layers.append(nn.Sequential(nn.Conv2d(channels, 8, 1), nn.BatchNorm2d(8)))
+                channels += 8
+                continue
+            groups, padding = (1, 1, channels, 4, 1)[kind], (0, 1, 1, 0, 1)[kind]
+            conv = nn.Conv2d(channels, channels, 1 + 2 * padding, padding=padding, groups=groups, bias=kind < 2)
+            act = (nn.ReLU(), nn.Identity(), nn.SiLU(), nn.Hardswish(), nn.Identity())[kind]
+            self.steps.append("add" if kind == 4 else "chain")
+            self.layers.append(nn.Sequential(nn.BatchNorm2d(channels), act, conv))
+        self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, 5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for step, following in zip(self.steps, list(self.layers)[1:], strict=True):
+            y = following(x)
+            x = torch.cat([x, y], 1) if step == "concat" else x + y if step == "add" else y
+        return self.head(x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_networks_with_orders_absorbed_activations_and_another_softness(tmp_path: Path, seed: int) -> None:
+    model = randomise_norms(Drawn(seed)).eval()
+    converted = gnswap.convert(model, group_size=4, absorb=True, softness=0.5).model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    for norm in converted.modules():
+        if isinstance(norm, FusedGroupNorm):
+            norm.channel_order = torch.randperm(norm.num_channels, generator=generator)
+            norm.softness = 0.25  # as fine-tuning leaves it half-way
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    check(converted, (x,), tmp_path / "net.onnx", 1e-5, target="cpu" if seed % 2 else "portable", dynamic_size=False)
+    half = copy.deepcopy(converted).half()
+    report = export_onnx(half, tmp_path / "half.onnx", x.half(), dynamic_size=False)
+    (found,) = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"]).run(
+        None, {"input": x.half().numpy()}
+    )
+    with torch.no_grad():
+        exact = half.double()(x.double())
+    assert float((torch.from_numpy(found).double() - exact).abs().amax()) < 2e-2 * float(exact.abs().amax())
