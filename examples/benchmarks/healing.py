@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import gnswap
 
 CASES: dict[str, dict[str, Any]] = {
-    "8 groups, pure": {"groups": 8, "softness": 0},
     "pure": {"softness": 0},
+    "8 groups, pure": {"groups": 8, "softness": 0},
     "as it comes": {},
 }
 
@@ -62,8 +62,15 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*header, "steps", "best", "minutes"], cells)
 
 
+def report(rows: list[dict[str, Any]], wanted: int, code: str) -> None:
+    """Write the table of what is measured."""
+    data = {**environment(code), "threads": torch.get_num_threads(), "rows": rows}
+    title = f"Healing, judged on {rows[0]['after']['photos']} photos that took no part in it"
+    write("healing", f"{title} ({len(rows)} of {wanted} rows measured)", as_table(rows), data)
+
+
 def main() -> None:
-    """Measure what is missing, and write the table."""
+    """Measure what is missing; after each row the table says all that is known."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where photos and checkpoints are (%(default)s)")
@@ -84,11 +91,8 @@ def main() -> None:
             checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
             row = measure(model, CASES[case], x, checkpoint, steps=steps)
             rows.add(keys[name, case], {"model": name, "case": case, **row})
+            report([rows.rows[key] for key in keys.values() if key in rows], len(keys), code)
             shutil.rmtree(checkpoint)
-    ordered = [rows.rows[key] for key in keys.values()]
-    data = {**environment(code), "threads": torch.get_num_threads(), "rows": ordered}
-    judged = ordered[0]["after"]["photos"]
-    write("healing", f"Healing, judged on {judged} photos that took no part in it", as_table(ordered), data)
 
 
 if __name__ == "__main__":
