@@ -1,8 +1,9 @@
 """GroupNorm on our C++ kernels: what they take, and the calls.
 
 Why a kernel of our own on the CPU: statistics, standardisation, residual and activation in one pass with one
-allocation is 1.4 to 5 times faster than the best sequence of ATen calls, and ATen's channels_last kernel loses all
-digits where the mean is large against the deviation. See csrc/ for the method.
+allocation takes less time than the best sequence of ATen calls for most shapes (examples/benchmarks/results/kernels.md
+says for which), and ATen's channels_last kernel loses all digits where the mean is large against the deviation. See
+csrc/ for the method.
 """
 
 from __future__ import annotations
