@@ -575,6 +575,7 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
     assert "skipped: the picture cannot be read: " in said(result)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["passed"] is True
+    (photos / "broken.png").unlink()
     result = run(*validate)
     assert result.exit_code == 0, result.stderr
     assert "torch's own" in result.stdout
