@@ -123,7 +123,7 @@ def finetune(
 
     OUT is a directory as convert writes it, with the best network so far: export and validate take it. Beside it stand
     last/, finetune.json (the report), metrics.jsonl and metrics.png. Give the same command again after a kill, and it
-    goes on. Several processes: accelerate launch -m gnswap finetune ..., or torchrun.
+    goes on. Several processes: torchrun, or accelerate launch, which starts only one where there are no GPUs.
 
     **Examples**
 

@@ -69,8 +69,9 @@ def finetune(
     with the same arguments after a kill, fine-tuning goes on there and, on one process on the CPU, ends with the same
     bits as without the kill.
 
-    Started by `accelerate launch` or `torchrun`, every process is given the same arguments and takes its share of every
-    batch; DDP, or FSDP2 where accelerate is configured for it. One process with `accumulation=2` and two processes do
+    Started by `torchrun` or `accelerate launch` (which on CPUs starts one process, whatever it is asked for), every
+    process is given the same arguments and takes its share of every batch; DDP, or FSDP2 where accelerate is configured
+    for it. One process with `accumulation=2` and two processes do
     the same up to rounding: no norm looks at more than its own sample. `output` must be seen by all of them.
 
     Args:

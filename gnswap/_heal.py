@@ -48,7 +48,7 @@ def heal(
     is given back bit for bit. Only parameters that require gradients are trained; the standardisation and all other
     buffers stay. `gnswap.save` and `load` work as before; `revert` refuses, as after any training.
 
-    With several processes (`accelerate launch`, `torchrun`) every process is given the same networks and photos, each
+    With several processes (`torchrun`, `accelerate launch`) every process is given the same networks and photos, each
     takes its share of every batch, and the result is the same up to rounding.
 
     Args:
