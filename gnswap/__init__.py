@@ -1,8 +1,8 @@
 """gnswap: swap BatchNorm for GroupNorm in pretrained networks and keep what they know.
 
 The one list of what is public. The verbs follow the way through: `inspect` → `plan` → `apply` (all three in one
-call: `convert`) → `heal` → `finetune`, or your own training and `save`/`load` → `export_onnx` → `validate_onnx`;
-`revert` goes back.
+call: `convert`) → `refit` → `heal` → `finetune`, or your own training and `save`/`load` → `export_onnx` →
+`validate_onnx`; `revert` goes back.
 """
 
 from gnswap import ops
@@ -44,6 +44,7 @@ from gnswap._opacus import grad_sample_module
 from gnswap._parity import Parity
 from gnswap._plan import plan
 from gnswap._records import Decision, Inventory, Plan, Site
+from gnswap._refit import RefitLayer, RefitReport, refit
 from gnswap._report.records import FidelityReport
 from gnswap._report.verb import report
 from gnswap._revert import revert
@@ -84,6 +85,8 @@ __all__ = [
     "PlanError",
     "PlanMismatchError",
     "ProviderError",
+    "RefitLayer",
+    "RefitReport",
     "RevertError",
     "Site",
     "SoftnessSchedule",
@@ -104,6 +107,7 @@ __all__ = [
     "load",
     "ops",
     "plan",
+    "refit",
     "register_norm",
     "report",
     "revert",

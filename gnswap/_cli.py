@@ -29,7 +29,7 @@ from gnswap import (
     _cli_validate,
 )
 from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Weights
-from gnswap._convert import healed
+from gnswap._convert import taught
 from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
 from gnswap._store import require_free, saved_source
@@ -186,6 +186,14 @@ def convert(
             help="Unlabelled photos, at any depth, on which the plan is chosen and measured; 64 to 256 are enough.",
         ),
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="Then give the convolutions and linear layers new weights in closed form, on the photos of --calib, "
+            "without labels. A quarter of them judges.",
+        ),
+    ] = False,
     heal: Annotated[
         int | None,
         typer.Option(
@@ -213,7 +221,7 @@ def convert(
 
         gnswap convert resnet50 --weights mine.pth --group-size 32 --calib photos/ -o resnet50-gn
 
-        gnswap convert resnet50 --pretrained --softness 0 --calib photos/ --heal 600 -o resnet50-gn
+        gnswap convert resnet50 --pretrained --softness 0 --calib photos/ --refit --heal 600 -o resnet50-gn
 
         gnswap convert mypackage.models:build -o out --groups 8 --softness 0 --exclude 'head.*' --json
     """
@@ -221,6 +229,8 @@ def convert(
         raise typer.BadParameter("--limit is for the photos of --calib, which is not given")
     if heal is not None and calib is None:
         raise typer.BadParameter("--heal learns from the photos of --calib, which is not given")
+    if refit and calib is None:
+        raise typer.BadParameter("--refit fits to the photos of --calib, which is not given")
     if fidelity is not None and calib is None:
         raise typer.BadParameter("--fidelity is judged on the photos of --calib, which is not given")
     options: dict[str, Any] = {
@@ -244,9 +254,11 @@ def convert(
         names = photos.names
     with _cli_output.step("converting"), _cli_output.warnings_as_notes():
         conversion = gnswap.convert(network, **options)
-    if heal is not None:
-        with _cli_output.step(f"healing, {heal} steps"):
-            conversion = healed(conversion, network, options["calibration"], steps=heal)
+    if refit or heal is not None:
+        with _cli_output.step(
+            "refitting" * refit + " and " * (refit and heal is not None) + "healing" * (heal is not None)
+        ):
+            conversion = taught(conversion, network, options["calibration"], refitting=refit, steps=heal)
     with _cli_output.step("reporting"):
         kept = gnswap.report(
             network, conversion, options.get("calibration"), held_out=False, photo_names=names, command=ctx.obj
@@ -264,8 +276,9 @@ def convert(
     views = [_cli_tables.plan_view(conversion.plan)]
     if conversion.report.fidelity is not None:
         views.append(_cli_tables.fidelity_view(conversion.report.fidelity))
-    if conversion.report.healing is not None:
-        views.append(f"[bold]Healing:[/] {escape(conversion.report.healing.verdict)}.")
+    for title, done in (("Refit", conversion.report.refitting), ("Healing", conversion.report.healing)):
+        if done is not None:
+            views.append(f"[bold]{title}:[/] {escape(done.verdict)}.")
     seen = f"Saved to [bold]{escape(str(output))}[/]; what was kept: [bold]{escape(str(output / 'report.html'))}[/]."
     _cli_output.result(data, [*views, seen], as_json)
 

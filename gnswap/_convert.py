@@ -16,6 +16,7 @@ from gnswap._moments import ChannelStatistics
 from gnswap._plan import plan as make_plan
 from gnswap._record import Record
 from gnswap._records import Plan
+from gnswap._refit import RefitReport, refit
 from gnswap._running import kept_batches
 
 
@@ -29,7 +30,8 @@ class ConversionReport(Record):
         kept: number of norm layers that were left; the plan says why.
         notes: what a user should know, kept layers first.
         fidelity: the converted network against the original on the calibration photos; None without photos.
-        healing: what `gnswap.heal` did before `fidelity` was measured; None where it was not healed.
+        refitting, healing: what `gnswap.refit` and `gnswap.heal` did before `fidelity` was measured; None where they
+            were not asked for.
     """
 
     model: str
@@ -37,6 +39,7 @@ class ConversionReport(Record):
     kept: int
     notes: tuple[str, ...] = ()
     fidelity: Fidelity | None = None
+    refitting: RefitReport | None = None
     healing: HealReport | None = None
 
 
@@ -124,27 +127,32 @@ def convert(
     return Conversion(converted, plan, report)
 
 
-def healed(conversion: Conversion, original: nn.Module, photos: Iterable[Any], *, steps: int) -> Conversion:
-    """Heal a conversion's network in place, and report on it as it is then.
+def taught(
+    conversion: Conversion, original: nn.Module, photos: Iterable[Any], *, refitting: bool, steps: int | None
+) -> Conversion:
+    """Refit and heal a conversion's network in place, and report on it as it is then.
 
     Args:
         conversion: what `convert` made of `original`.
         original: the network with its BatchNorms.
         photos: input batches; read once.
-        steps: see `gnswap.heal`.
+        refitting: whether `gnswap.refit` comes first.
+        steps: see `gnswap.heal`; None heals nothing.
 
     Returns:
         The same network and plan with another report.
 
     Raises:
-        GnswapError: see `gnswap.heal`.
+        GnswapError: see `gnswap.refit` and `gnswap.heal`.
     """
     kept = kept_batches(photos)
-    healing = heal(conversion.model, original, kept, steps=steps)
+    refitted = refit(conversion.model, original, kept) if refitting else None
+    healing = None if steps is None else heal(conversion.model, original, kept, steps=steps)
     report = dataclasses.replace(
         conversion.report,
-        notes=(*conversion.report.notes, healing.verdict),
+        notes=(*conversion.report.notes, *(done.verdict for done in (refitted, healing) if done is not None)),
         fidelity=compare(original, conversion.model, kept),
+        refitting=refitted,
         healing=healing,
     )
     return dataclasses.replace(conversion, report=report)

@@ -14,17 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._couple import require_couple, singles_of_one_shape
+from gnswap._errors import ArgumentError
 from gnswap._healer import Healer, crc
 from gnswap._healing import HealReport, Job
-from gnswap._layer import FusedGroupNorm
-from gnswap._running import eval_mode, keys, photos_in
-from gnswap._sites import Applied, applied, digest, require_plain
-
-LEAST_PHOTOS = 8
+from gnswap._running import eval_mode, keys
+from gnswap._sites import digest
 
 
 def heal(
@@ -87,13 +84,13 @@ def heal(
         >>> report.healed, report.photos, report.held_out, report.after.distance < report.before.distance
         (True, 12, 4, True)
     """
-    record = _require_networks(converted, original)
+    record = require_couple(converted, original, "heal")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("accumulation", accumulation)):
         if value < 1:
             raise ArgumentError(f"{name} is too small", where="heal", expected="1 or more", found=str(value))
     if not 0 < lr < math.inf:
         raise ArgumentError("lr is out of range", where="heal", expected="above 0, finite", found=str(lr))
-    singles = _same_shape(photos_in(photos))
+    singles = singles_of_one_shape(photos, "heal")
     job = Job(
         steps=steps,
         batch_size=batch_size,
@@ -113,49 +110,3 @@ def heal(
         finally:  # after an error or an interruption too: the best weights so far, or those of the start
             run.restore_best()
     return run.report()
-
-
-def _require_networks(converted: nn.Module, original: nn.Module) -> Applied:
-    """The record of the conversion. Raises what `heal` says about networks that do not fit."""
-    for model in (converted, original):
-        require_plain(model)
-    record = applied(converted)
-    if record is None:
-        raise ArgumentError(
-            "this model was not converted by gnswap",
-            where="heal.converted",
-            expected="what gnswap.apply, convert or load returned, as a whole",
-            found=type(converted).__qualname__,
-        )
-    trained = {name: p for name, p in converted.named_parameters() if p.requires_grad}
-    theirs = {tensor.data_ptr() for tensor in original.parameters() if tensor.numel()}
-    half = [name for name, p in trained.items() if p.dtype not in (torch.float32, torch.float64)]
-    shared = [name for name, p in trained.items() if p.data_ptr() in theirs]
-    layers = {path for path, _ in original.named_modules(remove_duplicate=False)}
-    missing = [decision.name for decision in record.plan.swaps if decision.paths[0] not in layers]
-    converted_too = [path for path, module in original.named_modules() if isinstance(module, FusedGroupNorm)]
-    for problem, names, fix in (
-        ("the original is converted too", converted_too, "Pass the network with its BatchNorms, or a copy of it."),
-        ("the two networks are not the same architecture", missing, "Pass the network that was converted."),
-        ("the two networks share tensors", shared, "Convert a copy, or pass a copy of the original."),
-        ("half precision is too coarse to train in", half, "Call converted.float() first, and .half() afterwards."),
-    ):
-        if names:
-            raise ArgumentError(problem, where=f"heal, {names[0]}", fix=fix)
-    if not trained:
-        raise ArgumentError(
-            "there is nothing to train", where="heal.converted", expected="parameters that require gradients"
-        )
-    return record
-
-
-def _same_shape(photos: list[Tensor]) -> list[Tensor]:
-    shapes = {tuple(photo.shape[1:]) for photo in photos}
-    if len(photos) < LEAST_PHOTOS or len(shapes) > 1:
-        raise CalibrationError(
-            "too few photos to heal with" if len(photos) < LEAST_PHOTOS else "photos of different shapes",
-            where="heal.photos",
-            expected=f"{LEAST_PHOTOS} or more, all of one shape",
-            found=f"{len(photos)} of {', '.join(map(str, sorted(shapes)[:3]))}",
-        )
-    return photos

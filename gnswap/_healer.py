@@ -20,12 +20,11 @@ from gnswap import _healing
 from gnswap._distill import Distillation
 from gnswap._errors import ArgumentError, HealingError
 from gnswap._healing import HealReport, Job, Look, Progress
-from gnswap._order import held_out
 from gnswap._processes import Processes
 from gnswap._progress import counted
 from gnswap._schedule import SoftnessSchedule
 from gnswap._sites import checksum
-from gnswap._trial import Jury, answers
+from gnswap._trial import Jury, answers, judges
 from gnswap._views import views
 
 _FEATURES = 10.0  # weight of the features beside the answers
@@ -34,7 +33,6 @@ _BETAS = (0.9, 0.99)
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
 _LOOKS = 10  # at the photos held out
 _PATIENCE = 3  # looks without a better one before it stops
-_MOST_JUDGES = 64  # photos held out; more would cost time and decide nothing
 _ENERGY_SAMPLES = 16
 
 
@@ -68,7 +66,7 @@ class Healer:
         self.processes = Processes(self.device)
         self.parts = accumulation * self.processes.count
         self.own_parts = range(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
-        apart = _judges(len(photos))
+        apart = judges(len(photos))
         self.photos = torch.cat([photo for photo, judges in zip(photos, apart, strict=True) if not judges])
         self.jury = Jury(original, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
         sample = self.photos[:: -(-len(self.photos) // _ENERGY_SAMPLES)]
@@ -286,12 +284,6 @@ def _some(names: Sequence[str]) -> list[str]:
     """
     every = -(-len(names) // _MOST_FEATURES)
     return list(names[::-1][::every][::-1])
-
-
-def _judges(count: int) -> list[bool]:
-    """Which photos are held out: those that judge a plan made from the same photos, too."""
-    apart = held_out(torch.arange(count))
-    return (apart & (apart.cumsum(0) <= _MOST_JUDGES)).tolist()
 
 
 def _rate(step: int, steps: int) -> float:

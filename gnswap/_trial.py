@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from gnswap._build import build_layer
 from gnswap._layer import FusedGroupNorm
+from gnswap._order import held_out
 from gnswap._records import Decision
 from gnswap._running import ROWS, batched, eval_mode, flat, placed
 from gnswap._sites import get
+
+_MOST_JUDGES = 64  # photos held out; more would cost time and decide nothing
+
+
+def judges(count: int) -> list[bool]:
+    """Which of so many photos are held out: those that judge a plan made from the same photos, too."""
+    apart = held_out(torch.arange(count))
+    return (apart & (apart.cumsum(0) <= _MOST_JUDGES)).tolist()
 
 
 @contextlib.contextmanager

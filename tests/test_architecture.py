@@ -40,6 +40,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_stress",
             "_onnx_scopes",
             "_pairs",
+            "_lockstep",
+            "_least_squares",
             "_views",
             "_processes",
             "_finetuning",
@@ -56,7 +58,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb", "_fusing"}
-        | {"_distill"}
+        | {"_distill", "_couple"}
         | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references", "_squash"}
         | {"_datasets", "_engine", "_forgetting", "_head", "_param_groups"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
@@ -71,6 +73,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "_inspect",
             "_calibrate",
+            "_refit",
             "_heal",
             "_healer",
             "_healing",
@@ -163,6 +166,9 @@ SAME_FLOOR = {
     ("_references", "_running"): "the networks run in eval mode",
     ("_references", "_sites"): "every norm is known under all its names",
     ("_distill", "_running"): "while the networks run",
+    ("_couple", "_layer"): "an original has none of these",
+    ("_couple", "_running"): "photos are read in one way",
+    ("_couple", "_sites"): "a conversion has a record",
     ("_healing", "_weights"): "a checkpoint's tensors go into a file as a network's do",
     ("_healer", "_healing"): "its records and its checkpoint",
     ("_heal", "_healer"): "which does the work",

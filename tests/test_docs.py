@@ -147,8 +147,12 @@ def test_a_wrong_command_is_seen(wrong: str) -> None:
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes as long as it is told to takes less: steps of healing, seconds of measuring. Figures that nobody asked
     for are not drawn."""
-    healed, benchmark = gnswap._cli.healed, gnswap.benchmark_onnx
-    monkeypatch.setattr(gnswap._cli, "healed", lambda *those, steps: healed(*those, steps=min(steps, 4)))
+    taught, benchmark = gnswap._cli.taught, gnswap.benchmark_onnx
+
+    def briefly(*those: Any, steps: int | None, **given: Any) -> Any:
+        return taught(*those, steps=None if steps is None else min(steps, 4), **given)
+
+    monkeypatch.setattr(gnswap._cli, "taught", briefly)
     monkeypatch.setattr(gnswap, "benchmark_onnx", lambda *those, **given: benchmark(*those, **given | {"seconds": 0.2}))
     monkeypatch.setattr(gnswap._finetuned, "can_draw", lambda: False)
     monkeypatch.setattr("gnswap._report.write.figures", lambda _report: {})

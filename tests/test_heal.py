@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import gnswap
-from gnswap import ArgumentError, CalibrationError, FusedGroupNorm, HealingError, StoreError, _healer
-from gnswap._heal import LEAST_PHOTOS
+from gnswap import ArgumentError, CalibrationError, FusedGroupNorm, HealingError, StoreError, _healer, _trial
+from gnswap._couple import LEAST_PHOTOS
 from tests._models import ZOO, build, randomise_norms, same_state, small_cnn
 
 
@@ -71,7 +71,7 @@ class TestHelps:
     def test_the_best_weights_are_the_ones_reported(self) -> None:
         original, converted = networks()
         report = gnswap.heal(converted, original, [photos()], **QUICK)
-        held = _healer._judges(32)
+        held = _trial.judges(32)
         singles = gnswap._running.photos_in([photos()])
         judges = torch.cat([photo for photo, judge in zip(singles, held, strict=True) if judge])
         fidelity = gnswap.compare(original, converted, [judges], layers=False)

@@ -33,8 +33,8 @@ def test_every_public_name_is_documented(name: str) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        "calibrate", "inspect", "plan", "apply", "convert", "heal", "revert", "save", "load", "compare", "export_onnx",
-        "validate_onnx", "benchmark_onnx", "register_norm", "report", "explain", "grad_sample_module",
+        "calibrate", "inspect", "plan", "apply", "convert", "refit", "heal", "revert", "save", "load", "compare",
+        "export_onnx", "validate_onnx", "benchmark_onnx", "register_norm", "report", "explain", "grad_sample_module",
     ],
 )  # fmt: skip
 def test_verbs_document_arguments_errors_and_an_example(verb: str) -> None:

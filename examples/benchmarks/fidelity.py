@@ -7,7 +7,8 @@ Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: the 
 96 of them judge and are never chosen on, the plan sees 0, 16, 64 or all other 183, without labels.
 
 Rows are stored as they are measured, the ones that say most first, so the script can be stopped at any time and goes
-on where it was. A plan with photos gives two rows: one with all that the photos chose, one with order and signs alone.
+on where it was. A plan with photos gives three rows: with order and signs alone, with all that the photos chose, and
+with the weights refitted to the photos beside.
 """
 
 from __future__ import annotations
@@ -101,10 +102,13 @@ class Bench:
         seconds = time.perf_counter() - start
         softness = [decision.softness for decision in plan.swaps]
         rows = {}
-        for levers, strip in {"order and signs": {"gain": None, "offset": None}, "all": {}}.items():
+        for levers, strip in {"order and signs": {"gain": None, "offset": None}, "all": {}, "refitted": {}}.items():
             if cell.photos == 0 and levers != "all":
                 continue
             converted = gnswap.apply(self.model, plan.edit("*", **strip) if strip else plan)
+            if levers == "refitted":
+                assert chosen_on is not None
+                gnswap.refit(converted, self.model, chosen_on)
             rows[levers] = {
                 "fidelity": self.fidelity(converted),
                 "notes": list(plan.notes),
