@@ -245,7 +245,9 @@ def test_claim_8_says_which_command_makes_the_rows(
 ) -> None:
     claim = script(FROM_ROWS)
     monkeypatch.setattr(claim, "ROWS", tmp_path / "rows.jsonl")
-    with pytest.raises(SystemExit, match=r"There are no runs in .*: python examples/benchmarks/small_batch.py --quick"):
+    with pytest.raises(
+        SystemExit, match=r"There are no runs in .*: python examples/benchmarks/small_batch.py --evening"
+    ):
         claim.measure(smoke=True)
     write_rows(claim.ROWS, AS_CLAIMED, photos=24)  # of the benchmark's own smoke run
     with pytest.raises(SystemExit, match="There are no runs"):

@@ -2,7 +2,8 @@
 
     pip install -e '.[dev]' && pip install --no-deps elpv-dataset==1.0.0.post1
     python examples/benchmarks/small_batch.py            # a night on two cores
-    python examples/benchmarks/small_batch.py --quick    # an hour or two on one core, with small photos
+    python examples/benchmarks/small_batch.py --evening  # an hour and a half on two cores, with small photos
+    python examples/benchmarks/small_batch.py --quick    # about an hour on one core, and fewer of them
     python examples/benchmarks/small_batch.py speed      # time and peak memory of a step (either setting)
     python examples/benchmarks/small_batch.py report     # table and figures of what is measured so far
 
@@ -48,6 +49,7 @@ SEARCHED = (0.0001, 0.0003, 0.001)
 SEARCH_SEED = 1000
 PRESETS: dict[str, dict[str, Any]] = {
     "night": {"pixels": 160, "samples": 2624, "judges": 984, "heal_steps": 600, "seeds": 3, "jobs": 2},
+    "evening": {"pixels": 96, "samples": 2624, "judges": 984, "heal_steps": 60, "seeds": 2, "jobs": 2},
     "quick": {"pixels": 96, "samples": 640, "judges": 492, "heal_steps": 60, "seeds": 2, "jobs": 1},
     "smoke": {"pixels": 64, "samples": 8, "judges": 24, "heal_steps": 2, "seeds": 1, "jobs": 1},
 }
@@ -147,7 +149,11 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("train", "speed", "report"), default="train")
     presets = parser.add_mutually_exclusive_group()
-    for name, says in (("quick", "an hour or two on one core"), ("smoke", "seconds: only to see that it runs")):
+    for name, says in (
+        ("evening", "an hour and a half on two cores"),
+        ("quick", "about an hour on one core"),
+        ("smoke", "seconds: only to see that it runs"),
+    ):
         presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=says)
     for name, says in (
         ("pixels", "side of the photos"),

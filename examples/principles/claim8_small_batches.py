@@ -7,7 +7,7 @@ is paired, photo by photo and seed by seed:
 
 The runs take hours and are those of the small-batch benchmark. Where its rows are not there, make them:
 
-    python examples/benchmarks/small_batch.py --quick     # about an hour on one core; without --quick a night on two
+    python examples/benchmarks/small_batch.py --evening   # an hour and a half on two cores
 
     python examples/principles/claim8_small_batches.py
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIZE = (6.8, 4.4)
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "small_batch.rows.jsonl"
-COMMAND = "python examples/benchmarks/small_batch.py --quick"
+COMMAND = "python examples/benchmarks/small_batch.py --evening"
 BATCHNORM, GROUPNORM = "BatchNorm", "gnswap, pure"
 SMALL, LARGE = 1, 16  # the ends of the claim; fewer batch sizes would be another one
 FLAT = 0.02  # a rise that is surely below two points of error counts as none
@@ -96,7 +96,7 @@ def _runs() -> _Runs:
         if row["kind"] == "run" and row["photos"] >= LEAST_PHOTOS:
             settings[row["key"].split(": ")[0]].append(row)
     if not settings:
-        raise SystemExit(f"There are no runs in {ROWS}. Make them (about an hour): {COMMAND}")
+        raise SystemExit(f"There are no runs in {ROWS}. Make them (an hour or two): {COMMAND}")
     setting = max(settings, key=lambda name: sum(row["photos"] for row in settings[name]))
     methods: dict[str, Wrong] = defaultdict(lambda: defaultdict(dict))
     for row in settings[setting]:

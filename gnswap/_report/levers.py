@@ -38,7 +38,7 @@ LEVERS = (
     Lever("order and signs", "which channels share a group, and with which sign", ("channel_order", "signs")),
     Lever("corrections", "a gain and an offset for each channel, fitted to photos", ("gain", "offset"), regroups=False),
 )
-TRAINED = Lever("trained", "the network as it is now: healed or trained after the conversion", regroups=False)
+TRAINED = Lever("trained", "the network as it is now: refitted, healed or trained after the conversion", regroups=False)
 PLACES = {lever.name: place for place, lever in enumerate((NAIVE, *LEVERS, TRAINED))}
 """Each lever's colour, the same in all pictures and reports."""
 

@@ -34,9 +34,9 @@ def report(
     """Measure what a conversion kept, with one lever after another in force, and write it as a page with pictures.
 
     The stages are: gamma and beta copied as everybody does it, channels standardised, softness, order and signs from
-    photos, corrections, and the network as it is now, where it was healed or trained further. Every photo goes through
-    the network once for each of them, and twice more. Memory does not grow with the number of photos, but for a
-    table of 40 bytes for each photo and channel.
+    photos, corrections, and the network as it is now, where it was refitted, healed or trained further. Every photo
+    goes through the network once for each of them, and twice more. Memory does not grow with the number of photos, but
+    for a table of 40 bytes for each photo and channel.
 
     Args:
         original: the network with BatchNorm; left as it is.
