@@ -156,10 +156,12 @@ def test_a_row_of_the_ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for cell in (ablation.Cell(32, (("groups", 2), ("softness", 0.5))), ablation.Cell(0, (("groups", 2),))):
         for levers, row in bench.rows(cell).items():
             rows.append({"model": "tf_efficientnet_lite0", "cell": str(cell), "levers": levers, **row})
-    assert [row["levers"] for row in rows] == ["order and signs", "all", "all"]
+    assert [row["levers"] for row in rows] == ["order and signs", "all", "refitted", "all"]
     assert rows[0]["softness"] == 0.5
-    assert 0 < rows[2]["fidelity"]["kl"] < 10
-    assert ablation.as_table(rows).count("\n") == 5
+    assert 0 < rows[3]["fidelity"]["kl"] < 10
+    assert ablation.as_table(rows).count("\n") == 6
+    assert len(rows[2]["refit"]["layers"]) >= 4
+    assert ablation.by_depth(rows).splitlines()[2].count(" / ") == 4
     ablation.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 

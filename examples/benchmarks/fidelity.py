@@ -8,7 +8,7 @@ Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: the 
 
 Rows are stored as they are measured, the ones that say most first, so the script can be stopped at any time and goes
 on where it was. A plan with photos gives three rows: with order and signs alone, with all that the photos chose, and
-with the weights refitted to the photos beside.
+with the weights refitted to the photos beside; the seconds are those to plan, and of a refit its own.
 """
 
 from __future__ import annotations
@@ -106,10 +106,14 @@ class Bench:
             if cell.photos == 0 and levers != "all":
                 continue
             converted = gnswap.apply(self.model, plan.edit("*", **strip) if strip else plan)
+            more = {}
             if levers == "refitted":
                 assert chosen_on is not None
-                gnswap.refit(converted, self.model, chosen_on)
+                start = time.perf_counter()
+                more["refit"] = gnswap.refit(converted, self.model, chosen_on).to_dict()
+                seconds = time.perf_counter() - start
             rows[levers] = {
+                **more,
                 "fidelity": self.fidelity(converted),
                 "notes": list(plan.notes),
                 "seconds": seconds,
@@ -132,8 +136,28 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         ]
         spent = [f"{row['softness']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["–", "–"]
         cells.append([row["model"], row["cell"], row["levers"], *shares, *spent])
-    header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds to plan"]
+    header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds"]
     return markdown_table(header, cells)
+
+
+def by_depth(rows: list[dict[str, Any]]) -> str:
+    """What limits a conversion: the squared error of a layer's output by depth, and what a refit can do about it.
+
+    The error of the layers between the norms, relative to the variance of the original's output, layer by layer on what
+    the refitted layers in front give; and the share of it that a fit on half of the photos takes away on the others.
+    """
+    cells = []
+    for row in rows:
+        if "refit" in row:
+            layers = row["refit"]["layers"]
+            parts = [layers[len(layers) * i // 4 : len(layers) * (i + 1) // 4] for i in range(4)]
+            means = [
+                " / ".join(f"{sum(layer[key] for layer in part) / len(part):.2f}" for key in ("error", "gain"))
+                for part in parts
+            ]
+            cells.append([row["model"], row["cell"], *means])
+    header = ["error of a layer / share a refit takes away", "conversion", *(f"quarter {i}" for i in (1, 2, 3, 4))]
+    return markdown_table(header, cells) if cells else ""
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -164,7 +188,7 @@ def report(rows: Rows, code: str) -> None:
     count = len(MODELS) * len(cells())
     done = len({(row["model"], row["cell"]) for row in measured})
     title = f"What each lever keeps ({JUDGES} photos that no choice saw; {done} of {count} cells measured)"
-    write("fidelity", title, as_table(measured), data, quiet=True)
+    write("fidelity", title, "\n".join([as_table(measured), by_depth(measured)]), data, quiet=True)
     draw(measured, RESULTS / "fidelity.png")
 
 
