@@ -150,13 +150,13 @@ def by_depth(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "refit" in row:
             layers = row["refit"]["layers"]
-            parts = [layers[len(layers) * i // 4 : len(layers) * (i + 1) // 4] for i in range(4)]
+            parts = [layers[len(layers) * i // 3 : len(layers) * (i + 1) // 3] for i in range(3)]
             means = [
                 " / ".join(f"{sum(layer[key] for layer in part) / len(part):.2f}" for key in ("error", "gain"))
                 for part in parts
             ]
             cells.append([row["model"], row["cell"], *means])
-    header = ["error of a layer / share a refit takes away", "conversion", *(f"quarter {i}" for i in (1, 2, 3, 4))]
+    header = ["error of a layer / share a refit takes away", "conversion", "first third", "second", "last"]
     return markdown_table(header, cells) if cells else ""
 
 
