@@ -214,6 +214,22 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     return Command(monkeypatch, tmp_path)
 
 
+def test_the_lowest_rate_that_is_not_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_batch, setting = (
+        script("small_batch", monkeypatch),
+        script("_small_batch_nets", monkeypatch).Setting(8, 8, 8, 8),
+    )
+    assert small_batch.auc_error(0.893, 51, 58) == pytest.approx(0.032, abs=1e-3)  # of Hanley & McNeil's own example
+
+    class Found:
+        def __init__(self, *areas: float) -> None:
+            keys = [small_batch.search_key(setting, "gnswap", base) for base in small_batch.SEARCHED]
+            self.rows = {key: {"auc": auc, "photos": 328} for key, auc in zip(keys, areas, strict=True)}
+
+    for areas, rate in (((0.863, 0.871, 0.58), 1e-4), ((0.77, 0.81, 0.83), 3e-4), ((0.5, 0.6, 0.7), 1e-3)):
+        assert small_batch.best_rate(Found(*areas), setting, "gnswap", 103) == rate
+
+
 def test_the_script_goes_on_and_says_what_it_found(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     some = ["--methods", "BatchNorm, frozen", "gnswap, annealed", "gnswap, healed first", "--batches", "2"]
     first = command(*some)
