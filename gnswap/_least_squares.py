@@ -132,7 +132,7 @@ def add(layer: Layer, change: Tensor) -> None:
 
 
 def _matrix(layer: Layer) -> Tensor:
-    """Weight and bias as `[B, K, O]`, at least in fp32."""
+    """Weight and bias as `[B, K, O]`."""
     blocks = 1 if isinstance(layer, nn.Linear) else layer.groups
     weight = layer.weight.detach()
     matrix = weight.reshape(blocks, weight.shape[0] // blocks, -1)

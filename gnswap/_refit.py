@@ -128,14 +128,12 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
         before = jury.judge(answers(converted, jury.photos))
         names = _fittable(converted, x[:1])
         kept = {name: parameter.clone() for name, parameter in _parameters(converted, names).items()}
+        helped = False
         try:
             layers = _fitted(converted, original, names, x)
             after = jury.judge(answers(converted, jury.photos))
             helped = after.distance < before.distance
-        except BaseException:
-            helped = False
-            raise
-        finally:
+        finally:  # after an error or an interruption too
             if not helped:
                 for name, parameter in _parameters(converted, names).items():
                     parameter.copy_(kept[name])
@@ -145,10 +143,10 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
         agreement = (before.agreement, after.agreement)
         figures += f", agreement {before.agreement:.3f} to {after.agreement:.3f}"
     changed = sum(layer.strength is not None for layer in layers)
-    word = f"refitted: {changed} layers" if helped else "not refitted: it would take"
+    did = f"refitted {changed} layers:" if helped else "not refitted: it would take"
     return RefitReport(
         refitted=helped,
-        verdict=f"{word}, {figures} on {len(jury.photos)} photos held out".replace("take,", "take"),
+        verdict=f"{did} {figures} on {len(jury.photos)} photos held out",
         photos=len(x),
         held_out=len(jury.photos),
         distance=(before.distance, after.distance),
@@ -216,8 +214,9 @@ def _fitted(converted: nn.Module, original: nn.Module, names: list[str], x: Tens
 
 def _fit(name: str, layer: _least_squares.Layer, x: Tensor, y: Tensor) -> RefitLayer:
     """Fit one layer in place to give y, of the original, from x, of the converted network."""
-    halves = [_least_squares.Sums.of(layer, x[first::2], y[first::2]) for first in (0, 1)]
-    fit = _least_squares.best_fit(*halves)
+    # neighbours stay together: where a network cuts photos into windows, these are rows of their own
+    halves = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
+    fit = _least_squares.best_fit(*(_least_squares.Sums.of(layer, *half) for half in halves))
     if fit.gain < _LEAST_GAIN:
         return RefitLayer(name, fit.error, fit.gain, None)
     _least_squares.add(layer, fit.change)
