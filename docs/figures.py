@@ -111,26 +111,21 @@ def with_photos() -> str:
 def small_batch() -> str:
     rows = rows_of("small_batch", "accuracy [%]")
     batches = [name for name in rows[0] if name.startswith("batch ")]
-    shown = {
-        "BatchNorm, training": "BatchNorm",
-        "BatchNorm, frozen": "BatchNorm, frozen",
-        "gamma and beta copied": "naive GroupNorm",
-        "fresh GroupNorm": "fresh GroupNorm",
-        "gnswap": "gnswap",
-        "gnswap, healed first": "gnswap, healed first",
+    titles = {
+        "BatchNorm": "BatchNorm, training",
+        "naive GroupNorm": "gamma and beta copied",
+        "gnswap, pure": "gnswap, pure GroupNorm",
     }
-    lines = [[title, *(plain(rows, way, batch) for batch in batches)] for title, way in shown.items()]
-    best = [max(float(line[column]) for line in lines) for column in range(1, len(batches) + 1)]
-    for line in lines:
-        line[1:] = [f"**{cell}**" if float(cell) == top else cell for cell, top in zip(line[1:], best, strict=True)]
-        line.append(row_of(rows, **{"accuracy_[%]": shown[line[0]]})["varies by"])
+    lines = []
+    for row in rows:
+        means = [row[batch].partition(" ")[0] for batch in batches]  # without the intervals
+        lines.append([titles.get(row["accuracy [%]"], row["accuracy [%]"]), *means, row["varies by"]])
+    for column in range(1, len(batches) + 1):
+        best = max((line[column] for line in lines if line[column] != "–"), key=float)
+        for line in lines:
+            line[column] = f"**{best}**" if line[column] == best else line[column]
     head = ["test accuracy [%] at batch", *(name.removeprefix("batch ") for name in batches), "varies by"]
     return table(head, lines) + source("small_batch")
-
-
-def plain(rows: list[dict[str, str]], method: str, batch: str) -> str:
-    """An accuracy without its interval."""
-    return row_of(rows, **{"accuracy_[%]": method})[batch].partition(" ")[0]
 
 
 def zoo() -> str:
