@@ -116,8 +116,8 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
         >>> net = torch.nn.Sequential(*parts).eval()
         >>> converted = gnswap.convert(net, groups=4, softness=0).model
         >>> report = gnswap.refit(converted, net, [torch.rand(32, 3, 9, 9)])
-        >>> report.refitted, [layer.name for layer in report.layers], report.distance[1] < report.distance[0]
-        (True, ['3'], True)
+        >>> report.refitted, [layer.name for layer in report.layers if layer.strength is not None]
+        (True, ['3'])
     """
     require_couple(converted, original, "refit")
     singles = singles_of_one_shape(photos, "refit")
