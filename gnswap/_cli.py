@@ -254,10 +254,8 @@ def convert(
         names = photos.names
     with _cli_output.step("converting"), _cli_output.warnings_as_notes():
         conversion = gnswap.convert(network, **options)
-    if refit or heal is not None:
-        with _cli_output.step(
-            "refitting" * refit + " and " * (refit and heal is not None) + "healing" * (heal is not None)
-        ):
+    if teaching := ["refitting"] * refit + [f"healing, {heal} steps"] * (heal is not None):
+        with _cli_output.step(" and ".join(teaching)):
             conversion = taught(conversion, network, options["calibration"], refitting=refit, steps=heal)
     with _cli_output.step("reporting"):
         kept = gnswap.report(

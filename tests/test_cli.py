@@ -345,6 +345,21 @@ def test_convert_heals(run: Run, photos: Path) -> None:
     assert f"Healing: {healing.verdict}." in as_text.stdout
 
 
+def test_convert_refits(run: Run, photos: Path) -> None:
+    for number in range(3, 12):
+        Image.effect_noise((20, 24), 40 + 10 * number).convert("RGB").save(photos / f"{number}.png")
+    arguments = ("convert", "nets:small", "--softness", "0", "--calib", str(photos), "--refit")
+    result = run(*arguments, "--json", "-o", "refitted")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    refitting = gnswap.RefitReport.from_dict(report["refitting"])
+    assert (refitting.photos, refitting.held_out) == (9, 3)
+    assert refitting.verdict in report["notes"]
+    assert " refitting ..." in said(result)
+    assert f"Refit: {refitting.verdict}." in " ".join(run(*arguments, "-o", "refitted").stdout.split())
+    assert "--refit fits to the photos of --calib" in said(run("convert", "nets:small", "-o", "out", "--refit"))
+
+
 def test_convert_prints_the_fidelity(run: Run, photos: Path) -> None:
     (photos / "broken.png").write_bytes(b"no picture")
     result = run("convert", "nets:small", "-o", "out", "--calib", str(photos))
