@@ -24,7 +24,7 @@ from gnswap._processes import Processes
 from gnswap._progress import counted
 from gnswap._schedule import SoftnessSchedule
 from gnswap._sites import checksum
-from gnswap._trial import Jury, answers, judges
+from gnswap._trial import Jury, answers, parted
 from gnswap._views import views
 
 _FEATURES = 10.0  # weight of the features beside the answers
@@ -66,9 +66,8 @@ class Healer:
         self.processes = Processes(self.device)
         self.parts = accumulation * self.processes.count
         self.own_parts = range(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
-        apart = judges(len(photos))
-        self.photos = torch.cat([photo for photo, judges in zip(photos, apart, strict=True) if not judges])
-        self.jury = Jury(original, [photo for photo, judges in zip(photos, apart, strict=True) if judges])
+        self.photos, judging = parted(photos)
+        self.jury = Jury(original, judging)
         sample = self.photos[:: -(-len(self.photos) // _ENERGY_SAMPLES)]
         self.distillation = Distillation(
             original, converted, _some(names), sample, is_classifier=self.jury.is_classifier, features=_FEATURES

@@ -34,7 +34,7 @@ from gnswap._lockstep import Walk
 from gnswap._progress import counted
 from gnswap._record import Record
 from gnswap._running import eval_mode, placed
-from gnswap._trial import Jury, answers, judges
+from gnswap._trial import Jury, answers, parted
 
 _LEAST_GAIN = 0.005  # of a layer's squared error, on the other half of the photos
 
@@ -120,10 +120,8 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
         (True, ['3'])
     """
     require_couple(converted, original, "refit")
-    singles = singles_of_one_shape(photos, "refit")
-    apart = judges(len(singles))
-    jury = Jury(original, [photo for photo, judging in zip(singles, apart, strict=True) if judging])
-    x = torch.cat([photo for photo, judging in zip(singles, apart, strict=True) if not judging])
+    x, judging = parted(singles_of_one_shape(photos, "refit"))
+    jury = Jury(original, judging)
     with eval_mode(converted, original), torch.no_grad():
         before = jury.judge(answers(converted, jury.photos))
         names = _fittable(converted, x[:1])

@@ -31,6 +31,15 @@ def judges(count: int) -> list[bool]:
     return (apart & (apart.cumsum(0) <= _MOST_JUDGES)).tolist()
 
 
+def parted(photos: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The photos to learn from, as one batch, and those that judge (`judges`); given as single samples `[1, ...]`."""
+    apart = judges(len(photos))
+    learned, judging = (
+        [photo for photo, is_apart in zip(photos, apart, strict=True) if is_apart is wanted] for wanted in (False, True)
+    )
+    return torch.cat(learned), judging
+
+
 @contextlib.contextmanager
 def converted(model: nn.Module, decisions: Iterable[Decision]) -> Iterator[None]:
     """Within the block every swapped norm of `model` answers as the GroupNorm that its decision asks for."""

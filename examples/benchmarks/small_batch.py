@@ -4,7 +4,7 @@
     python examples/benchmarks/small_batch.py            # a night on two cores
     python examples/benchmarks/small_batch.py --evening  # an hour and a half on two cores, with small photos
     python examples/benchmarks/small_batch.py --quick    # about an hour on one core, and fewer of them
-    python examples/benchmarks/small_batch.py speed      # time and peak memory of a step (either setting)
+    python examples/benchmarks/small_batch.py speed      # time and peak memory of a step (any setting)
     python examples/benchmarks/small_batch.py report     # table and figures of what is measured so far
 
 Task: ELPV (`_elpv.py`), solar cells with a defect or without; EfficientNet-Lite0 with its ImageNet weights and a new
@@ -126,9 +126,10 @@ def workers(jobs: int, *start: Any) -> Iterator[Any]:
 def measure(rows: Rows, setting: Setting, arguments: argparse.Namespace) -> None:
     """Search the learning rates, then run what is missing: the first seed of everything first."""
     start = (setting, arguments.cache, rows.code)
-    positives = int(_elpv.split(_elpv.load(setting.pixels, arguments.cache))[1].labels.sum())
+    parts = _elpv.split(_elpv.load(setting.pixels, arguments.cache))
+    positives = int(parts[1].labels.sum())
     if HEALED in arguments.methods and arguments.jobs > 1:  # made here, so that the processes find it
-        Bench(setting, _elpv.split(_elpv.load(setting.pixels, arguments.cache)), *start[1:]).network(HEALED, 0)
+        Bench(setting, parts, *start[1:]).network(HEALED, 0)
     searches: dict[str, Task] = {
         search_key(setting, method, base): (method, REFERENCE_BATCH, SEARCH_SEED, learning_rate(base, REFERENCE_BATCH))
         for base in SEARCHED
