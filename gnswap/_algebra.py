@@ -24,6 +24,13 @@ outputs are equal for
 .. math:: \text{gain}_c = s_c \sqrt{v^0_g + \epsilon + \text{softness}}.
 
 So a sample whose group has nominal statistics gets exactly BatchNorm's output, and gamma and beta stay untouched.
+
+**Balance.** Inside its group a channel may be made louder by a factor :math:`e_c > 0` and moved by a centre
+:math:`t_c`: :math:`z_c = s_c e_c (\hat x_c + t_c)`. Nominally :math:`m^0_g = \frac1D\sum s_c e_c t_c` and
+:math:`v^0_g = \frac1D\sum e_c^2 (r_c + t_c^2) - (m^0_g)^2`. Dividing by :math:`e_c` behind the norm, and taking away
+the constant :math:`k_c = t_c - s_c m^0_g / e_c`, the outputs are equal again for those statistics. What it is good for:
+:math:`\mathrm{E}(\hat x + t)^2 = \mathrm{E}\hat x^2 + 2 t\,\mathrm{E}\hat x + t^2`, so with the right centres the
+variance of a group hardly changes from one sample to the next (`_balance`).
 """
 
 from __future__ import annotations
@@ -41,11 +48,15 @@ class Standardisation:
     Attributes:
         scale, shift: the affine map that the input goes through first.
         gain: factor on gamma.
+        quieter: 1/e, a further factor on gamma; None where no channel was made louder.
+        constant: k, which is in the output for each gamma and has to be taken away; None where there are no centres.
     """
 
     scale: Tensor
     shift: Tensor
     gain: Tensor
+    quieter: Tensor | None = None
+    constant: Tensor | None = None
 
 
 def standardise(
@@ -57,6 +68,8 @@ def standardise(
     softness: float = 0.0,
     channel_order: Tensor | None = None,
     signs: Tensor | None = None,
+    loudness: Tensor | None = None,
+    centre: Tensor | None = None,
 ) -> Standardisation:
     """Constants that make a GroupNorm of `num_groups` groups stand for a BatchNorm (module docstring).
 
@@ -69,9 +82,11 @@ def standardise(
         softness: added to the group's variance beside eps.
         channel_order: permutation of C, int64 `[C]`; groups are D consecutive entries of it.
         signs: +1 or -1 a channel, `[C]`, natural order.
+        loudness: e, positive, `[C]`, natural order; None is 1.
+        centre: t, `[C]`, natural order; None is 0.
 
     Returns:
-        scale, shift and gain.
+        scale, shift and gain, and what undoes loudness and centre.
 
     Example:
         >>> constants = standardise(torch.zeros(4), torch.full((4,), 3.0), eps=1.0, num_groups=1)
@@ -79,39 +94,24 @@ def standardise(
         tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     mean, var = running_mean.detach().double(), running_var.detach().double()
-    scale = (var + eps).rsqrt()
-    nominal = nominal_variance(running_var, eps, num_groups, channel_order=channel_order)
-    gain = (nominal + (eps + softness)).sqrt()
-    if signs is not None:
-        scale, gain = scale * signs, gain * signs
-    dtype = running_var.dtype
-    return Standardisation(scale.to(dtype), (-mean * scale).to(dtype), gain.to(dtype))
+    dtype, one = running_var.dtype, torch.ones_like(var)
+    s = one if signs is None else signs.to(one)
+    e = one if loudness is None else loudness.to(one)
+    t = 0 * one if centre is None else centre.to(one)
+    scale = s * e * (var + eps).rsqrt()
+    middle = _of_group(s * e * t, num_groups, channel_order)
+    nominal = _of_group(e.square() * (var / (var + eps) + t.square()), num_groups, channel_order) - middle.square()
+    return Standardisation(
+        scale.to(dtype),
+        (s * e * t - mean * scale).to(dtype),
+        (s * (nominal + (eps + softness)).sqrt()).to(dtype),
+        None if loudness is None else (1 / e).to(dtype),
+        None if centre is None else (t - s * middle / e).to(dtype),
+    )
 
 
-def nominal_variance(
-    running_var: Tensor, eps: float, num_groups: int, *, channel_order: Tensor | None = None
-) -> Tensor:
-    """The variance that each channel's group has on the training distribution, fp64 `[C]`, natural order.
-
-    Below 1 where channels of the group are dead (a running variance not far above eps, or under it).
-
-    Args:
-        running_var: `[C]`.
-        eps: BatchNorm's epsilon.
-        num_groups: G; divides C.
-        channel_order: permutation of C, int64 `[C]`.
-
-    Returns:
-        The nominal variance of the group that each channel is in.
-    """
-    var = running_var.detach().double()
-    share = var / (var + eps)
-    if channel_order is None:
-        return _group_mean(share, num_groups)
-    return torch.empty_like(share).index_copy(0, channel_order, _group_mean(share[channel_order], num_groups))
-
-
-def _group_mean(values: Tensor, num_groups: int) -> Tensor:
-    """The mean of each group, repeated for its D channels: `[C]` to `[C]`."""
-    group_size = values.numel() // num_groups
-    return values.view(num_groups, group_size).mean(1).repeat_interleave(group_size)
+def _of_group(values: Tensor, num_groups: int, channel_order: Tensor | None) -> Tensor:
+    """The mean of each channel's group: `[C]` to `[C]`, natural order."""
+    order = torch.arange(len(values), device=values.device) if channel_order is None else channel_order
+    means = values[order].view(num_groups, -1).mean(1).repeat_interleave(len(values) // num_groups)
+    return torch.empty_like(values).index_copy(0, order, means)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from gnswap._algebra import standardise
+from gnswap._algebra import Standardisation, standardise
 from gnswap._errors import ModelError
 from gnswap._layer import FusedGroupNorm
 from gnswap._norms import NormState, read_norm
@@ -23,12 +25,32 @@ def build_layer(norm: nn.Module, decision: Decision) -> FusedGroupNorm:
     layer.affine = state.weight is not None
     layer.register_parameter("weight", _as_parameter(state.weight))
     layer.register_parameter("bias", _as_parameter(state.bias))
-    _set_constants(layer, state, decision)
-    like = layer.weight if layer.weight is not None else layer.bias if layer.bias is not None else layer.channel_scale
-    if decision.gain is not None:
-        layer.channel_correction = _like(decision.gain, like)
-    if decision.offset is not None:
-        layer.channel_offset = _like(decision.offset, like)
+    some = next((t for t in (state.running_var, state.weight, state.bias) if t is not None), torch.empty(0))
+    order, signs = (
+        None if values is None else torch.tensor(values, device=some.device)
+        for values in (decision.channel_order, decision.signs)
+    )
+    gain, offset = (
+        None if values is None else torch.tensor(values, device=some.device, dtype=torch.float64)
+        for values in (decision.gain, decision.offset)
+    )
+    layer.channel_order = order
+    if decision.standardise and state.running_var is not None:
+        constants = constants_of(state, decision)
+        layer.channel_scale, layer.channel_shift, layer.channel_gain = constants.scale, constants.shift, constants.gain
+        if constants.constant is not None:
+            factors = (gain, None if state.weight is None else state.weight.detach())
+            taken = -math.prod((factor for factor in factors if factor is not None), start=constants.constant)
+            offset = taken if offset is None else offset + taken
+        if constants.quieter is not None:
+            gain = constants.quieter if gain is None else gain * constants.quieter
+    elif signs is not None:
+        layer.channel_scale = layer.channel_gain = signs.to(some.dtype)
+        layer.channel_shift = torch.zeros_like(layer.channel_scale)
+    like = next((t for t in (layer.weight, layer.bias, layer.channel_scale) if t is not None), some)
+    layer.channel_correction, layer.channel_offset = (
+        None if fitted is None else fitted.to(like.detach()) for fitted in (gain, offset)
+    )
     layer.drop, layer.act = state.drop, state.act
     return layer
 
@@ -40,44 +62,35 @@ def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _set_constants(layer: FusedGroupNorm, state: NormState, decision: Decision) -> None:
-    some = next((t for t in (state.running_var, state.weight, state.bias) if t is not None), None)
-    device = None if some is None else some.device
-    order, signs = (
-        None if values is None else torch.tensor(values, device=device)
-        for values in (decision.channel_order, decision.signs)
+def constants_of(state: NormState, decision: Decision) -> Standardisation:
+    """What standardises the norm's input, by its running statistics, which it must have.
+
+    Raises:
+        ModelError: it does not fit into their dtype.
+    """
+    assert state.running_mean is not None
+    assert state.running_var is not None
+    order, signs, loudness, centre = (
+        None if values is None else torch.tensor(values, device=state.running_var.device)
+        for values in (decision.channel_order, decision.signs, decision.loudness, decision.centre)
     )
-    layer.channel_order = order
-    if decision.standardise and state.running_mean is not None and state.running_var is not None:
-        constants = standardise(
-            state.running_mean,
-            state.running_var,
-            state.eps,
-            decision.num_groups,
-            softness=decision.softness,
-            channel_order=order,
-            signs=signs,
+    constants = standardise(
+        state.running_mean,
+        state.running_var,
+        state.eps,
+        decision.num_groups,
+        softness=decision.softness,
+        channel_order=order,
+        signs=signs,
+        loudness=loudness,
+        centre=centre,
+    )
+    tensors = [tensor for tensor in vars(constants).values() if tensor is not None]
+    if not (constants.scale.is_meta or all(bool(tensor.isfinite().all()) for tensor in tensors)):
+        raise ModelError(
+            "the standardisation is not finite",
+            where=decision.name,
+            expected=f"values that {constants.scale.dtype} can hold",
+            fix="Convert the model in float32, then cast it.",
         )
-        layer.channel_scale, layer.channel_shift, layer.channel_gain = constants.scale, constants.shift, constants.gain
-        if not (layer.channel_scale.is_meta or _all_finite(constants.scale, constants.shift, constants.gain)):
-            raise ModelError(
-                "the standardisation is not finite",
-                where=decision.name,
-                expected=f"values that {constants.scale.dtype} can hold",
-                fix="Convert the model in float32, then cast it.",
-            )
-    elif signs is not None:
-        dtype = torch.get_default_dtype() if some is None else some.dtype
-        layer.channel_scale = layer.channel_gain = signs.to(dtype)
-        layer.channel_shift = torch.zeros_like(layer.channel_scale)
-
-
-def _like(values: tuple[float, ...], tensor: Tensor | None) -> Tensor:
-    """The values on the device and in the dtype of a tensor, or in torch's defaults."""
-    return (
-        torch.tensor(values, dtype=tensor.dtype, device=tensor.device) if tensor is not None else torch.tensor(values)
-    )
-
-
-def _all_finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return constants

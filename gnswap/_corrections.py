@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gnswap import ops
-from gnswap._build import build_layer
+from gnswap._build import build_layer, constants_of
 from gnswap._norms import NormState, read_norm
 from gnswap._progress import shown
 from gnswap._records import Decision
@@ -40,7 +40,22 @@ _STRENGTHS = (1.0, 0.5)
 _WORTH = 0.98  # corrections have to bring the distance below this share of what it was
 
 
-def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> tuple[list[Decision], str]:
+@dataclasses.dataclass(frozen=True)
+class Corrected:
+    """What came of it.
+
+    Attributes:
+        decisions: with corrections where those help, else as they were.
+        distance: of the answers, on photos that the corrections were not fitted on.
+        note: the same in words.
+    """
+
+    decisions: tuple[Decision, ...]
+    distance: float
+    note: str
+
+
+def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> Corrected:
     """The decisions with corrections, where those help on photos that they were not fitted on; else as they are.
 
     Two halves of the photos are corrected on and judged on in turn. If the answers to all of them get better so, at
@@ -52,7 +67,7 @@ def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[
         photos: single samples `[1, ...]`, in an order without meaning.
 
     Returns:
-        The decisions, and in words what came of it.
+        The decisions and their distance.
     """
     halves = [photos[::2], photos[1::2]]
     juries = [Jury(model, half) for half in halves]
@@ -65,9 +80,11 @@ def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[
     strength = min(_STRENGTHS, key=after.__getitem__)
     judged = f"{before:.3g} to {after[strength]:.3g} on photos that they were not fitted on"
     if not after[strength] < _WORTH * before:
-        return list(decisions), f"no paired corrections: they would take the distance of the answers from {judged}"
+        note = f"no paired corrections: they would take the distance of the answers from {judged}"
+        return Corrected(tuple(decisions), before, note)
     how = "paired corrections" if strength == 1 else f"paired corrections at strength {strength:g}"
-    return _at(strength, decisions, _fitted(model, decisions, photos)), f"{how}: distance of the answers from {judged}"
+    fitted_to_all = _at(strength, decisions, _fitted(model, decisions, photos))
+    return Corrected(tuple(fitted_to_all), after[strength], f"{how}: distance of the answers from {judged}")
 
 
 def _at(strength: float, decisions: Sequence[Decision], fitted: Sequence[Decision]) -> list[Decision]:
@@ -114,6 +131,9 @@ class _Pair:
     def __init__(self, norm: nn.Module, state: NormState, decision: Decision) -> None:
         self.norm, self.state, self.decision = norm, state, decision
         self.plain = build_layer(norm, decision).eval()
+        constants = constants_of(state, decision)
+        self.factor = constants.gain if constants.quieter is None else constants.gain * constants.quieter
+        self.constant = None if constants.constant is None else -constants.constant
         self.tables: list[Tensor] = []  # a call: mean of x̂, of x̂², of u, of u² over the positions, [4, rows, C]
         self.turn = 0
 
@@ -129,8 +149,8 @@ class _Pair:
         u = ops.group_norm(
             ours,
             layer.num_groups,
-            layer.channel_gain,
-            None,
+            self.factor,
+            self.constant,
             layer.eps + layer.softness,
             channel_scale=layer.channel_scale,
             channel_shift=layer.channel_shift,

@@ -201,9 +201,6 @@ def _response(
     """
     layer = build_layer(norm, decision)
     factor, shift = View.of(layer, mean, deviation).response(*tables)
-    if layer.channel_correction is not None:
-        correction = layer.channel_correction.detach().double().cpu()
-        factor, shift = factor * correction, shift * correction
     weight = layer.weight
     gamma = torch.ones_like(mean) if weight is None else weight.detach().double().cpu()
     offset = 0.0 if layer.channel_offset is None else layer.channel_offset.detach().double().cpu()

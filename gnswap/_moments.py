@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._estimate import Tables
 from gnswap._norms import NormState, read_norm, refusal
-from gnswap._order import Tables
 from gnswap._progress import shown
 from gnswap._running import ROWS, chunks, eval_mode, keys, no_photos, placed, require_finite
 from gnswap._sites import find_norms, fingerprint, get, require_plain

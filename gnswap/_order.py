@@ -23,58 +23,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gnswap._estimate import Arrangement, Tables, fluctuation
+
 _RANK = 48  # leading directions of each table that take part in the search; the rest is mostly noise
 _ROUNDS = 200  # of exchanges between groups; the search has settled long before
 _HELD_OUT = 4  # every 4th sample judges
-_LEVEL = (0.1, 10.0)  # bounds of `level`
-_BY_SAMPLE = ("mean", "square", "patch_mean", "patch_square")
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """What the search knows of one layer's standardised input.
-
-    Attributes:
-        mean, square: M and Q, fp32 `[N, C]`.
-        patch_mean, patch_square: the same over parts of each sample, `[N, K, C]`; K may be 0.
-        nominal: variance of each standardised channel on the training distribution, `[C]`: 1, less where it is dead.
-        weight: energy that each channel carries to the output, `[C]`.
-    """
-
-    mean: Tensor
-    square: Tensor
-    patch_mean: Tensor
-    patch_square: Tensor
-    nominal: Tensor
-    weight: Tensor
-
-    def rows(self, index: Tensor) -> Tables:
-        """The tables of some samples."""
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in _BY_SAMPLE})
-
-    def and_rows(self, others: Tables) -> Tables:
-        """The tables with other samples of the same layer behind them."""
-        joined = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in _BY_SAMPLE}
-        return dataclasses.replace(self, **joined)
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How a layer's channels are grouped.
-
-    Attributes:
-        order: permutation of C, groups are D consecutive entries; None is the natural order.
-        signs: +1 or -1 a channel in natural order; None is all +1.
-    """
-
-    order: tuple[int, ...] | None = None
-    signs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,98 +104,6 @@ def held_out(owner: Tensor) -> Tensor:
     """Which rows judge and take no part in the search: those of every 4th sample, or of the last of fewer than 4."""
     every = min(_HELD_OUT, int(owner.max()) + 1)
     return owner % every == every - 1
-
-
-def fluctuation(tables: Tables, num_groups: int, arrangement: Arrangement) -> float:
-    """J of an arrangement, divided by the sum of the weights: about the layer's squared relative error."""
-    grouped = _Grouped.of(tables, num_groups, arrangement)
-    m, v = grouped.mean.mean(2), (grouped.square - grouped.nominal).mean(2)
-    weight = grouped.weight.sum(1)
-    return float((m.square() + v.square() / 4).mean(0) @ weight / weight.sum().clamp_min(1e-30))
-
-
-def level(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float, softness: float) -> Tensor:
-    """The factor that makes each group's output as large as BatchNorm's on the samples of the tables, in the mean.
-
-    Where photos are not what the running statistics say, a group's variance is off its nominal value on all of them
-    alike, and the layer's constants are wrong by that. One number a group, so a few photos settle it:
-    the geometric mean over the samples of sqrt(v + eps + softness), over the nominal value.
-
-    Args:
-        tables, num_groups, arrangement, eps, softness: as for `relative_error`.
-
-    Returns:
-        a factor for each channel, the same in a group, fp64 `[C]`, natural order.
-    """
-    grouped = _Grouped.of(tables, num_groups, arrangement)
-    v = grouped.variance() + (eps + softness)
-    factor = (v.log().mean(0) / 2).exp() / (grouped.nominal.mean(1) + (eps + softness)).sqrt()
-    by_position = factor.clamp(*_LEVEL).repeat_interleave(len(grouped.order) // num_groups)
-    return torch.empty_like(by_position).index_copy_(0, grouped.order, by_position)
-
-
-def relative_error(
-    tables: Tables,
-    num_groups: int,
-    arrangement: Arrangement,
-    eps: float,
-    softness: float,
-    gain: Sequence[float] | None = None,
-) -> float:
-    """How far one GroupNorm's output is from the BatchNorm's on the same input: ‖difference‖ / ‖BatchNorm's output‖.
-
-    Exact for the samples of the tables, beta left out: sample by sample the GroupNorm gives a·x̂ + b for a channel, so
-    the mean squared difference over the positions is (a - 1)² Q + 2 (a - 1) b M + b².
-
-    Args:
-        tables: of the layer.
-        num_groups: G.
-        arrangement: order and signs.
-        eps: of the norm.
-        softness: added to the variance beside eps.
-        gain: a factor on the output for each channel, natural order; None is all 1.
-    """
-    grouped = _Grouped.of(tables, num_groups, arrangement)
-    nominal = grouped.nominal.mean(1, keepdim=True)
-    weight = grouped.weight / nominal.clamp_min(1e-12)
-    v = grouped.variance()[:, :, None]
-    a = ((nominal + eps + softness) / (v + eps + softness)).sqrt()
-    if gain is not None:
-        a = a * torch.tensor(gain, dtype=torch.float64)[grouped.order].view(1, num_groups, -1)
-    b = -a * grouped.mean.mean(2, keepdim=True)
-    difference = (a - 1).square() * grouped.square + 2 * (a - 1) * b * grouped.mean + b.square()
-    error, size = ((part * weight).sum() for part in (difference, grouped.square))
-    return float((error / size.clamp_min(1e-30)).sqrt())
-
-
-@dataclass(frozen=True, eq=False)
-class _Grouped:
-    """Tables in the order of an arrangement, in fp64.
-
-    Attributes:
-        order: the arrangement's permutation, `[C]`.
-        mean, square: with the arrangement's signs, `[N, G, D]`.
-        nominal, weight: `[G, D]`.
-    """
-
-    order: Tensor
-    mean: Tensor
-    square: Tensor
-    nominal: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, tables: Tables, num_groups: int, arrangement: Arrangement) -> _Grouped:
-        samples, channels = tables.mean.shape
-        order = torch.arange(channels) if arrangement.order is None else torch.tensor(arrangement.order)
-        mean = tables.mean if arrangement.signs is None else tables.mean * torch.tensor(arrangement.signs)
-        mean, square = (part.double()[:, order].view(samples, num_groups, -1) for part in (mean, tables.square))
-        nominal, weight = (part.double()[order].view(num_groups, -1) for part in (tables.nominal, tables.weight))
-        return cls(order, mean, square, nominal, weight)
-
-    def variance(self) -> Tensor:
-        """v of each sample and group, `[N, G]`."""
-        return (self.square.mean(2) - self.mean.mean(2).square()).clamp_min(0)
 
 
 def _search(tables: Tables, num_groups: int, given: tuple[int, ...] | None, *, exchange: bool) -> Arrangement:

@@ -110,6 +110,9 @@ class Decision(Record):
         standardise: whether the running statistics standardise the input first.
         channel_order: permutation of C; groups are D consecutive entries of it. None is the natural order.
         signs: +1 or -1 per channel, in natural order; None is all +1.
+        loudness: factor on each standardised channel inside its group, undone behind the norm; None is all 1.
+        centre: added to each standardised channel before the norm, taken away behind it; None is all 0. Both in natural
+            order, chosen so that the group's variance changes little from photo to photo.
         gain: factor on gamma per channel, in natural order, fitted to photos; None is all 1.
         offset: added to beta per channel, fitted to photos; None is all 0.
         absorbs: every path of the activation module that the layer computes in its place; None where there is none.
@@ -126,6 +129,8 @@ class Decision(Record):
     standardise: bool = True
     channel_order: tuple[int, ...] | None = None
     signs: tuple[int, ...] | None = None
+    loudness: tuple[float, ...] | None = None
+    centre: tuple[float, ...] | None = None
     gain: tuple[float, ...] | None = None
     offset: tuple[float, ...] | None = None
     absorbs: tuple[str, ...] | None = None
@@ -155,7 +160,9 @@ class Decision(Record):
             )
         if self.signs is not None and (len(self.signs) != channels or set(self.signs) - {-1, 1}):
             raise PlanError("wrong signs", where=where, expected=f"{channels} times +1 or -1")
-        for field in ("gain", "offset"):
+        if self.loudness is not None and not all(value > 0 for value in self.loudness):
+            raise PlanError("wrong loudness", where=where, expected=f"{channels} positive numbers")
+        for field in ("loudness", "centre", "gain", "offset"):
             values = getattr(self, field)
             if values is not None and not (len(values) == channels and all(map(math.isfinite, values))):
                 raise PlanError(f"wrong {field}", where=where, expected=f"{channels} finite numbers")

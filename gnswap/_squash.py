@@ -71,19 +71,20 @@ class View:
             layer: stands for the BatchNorm.
             mean, deviation: μ and σ of that BatchNorm, fp64 `[C]` on the CPU.
         """
-        scale, shift, gain = (
+        scale, shift, gain, correction = (
             default if buffer is None else buffer.detach().double().cpu()
             for buffer, default in (
                 (layer.channel_scale, torch.ones_like(mean)),
                 (layer.channel_shift, torch.zeros_like(mean)),
                 (layer.channel_gain, torch.ones_like(mean)),
+                (layer.channel_correction, torch.ones_like(mean)),
             )
         )
         order = torch.arange(len(mean)) if layer.channel_order is None else layer.channel_order.cpu()
         group = torch.empty_like(order)
         group[order] = torch.arange(layer.num_groups).repeat_interleave(len(order) // layer.num_groups)
         a, b = scale * mean + shift, scale * deviation
-        return cls(a, b, gain, group, layer.num_groups, layer.eps + layer.softness)
+        return cls(a, b, gain * correction, group, layer.num_groups, layer.eps + layer.softness)
 
     def statistics(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the groups.

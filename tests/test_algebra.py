@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gnswap._algebra import nominal_variance, standardise
+from gnswap._algebra import standardise
 
 C, G = 12, 3
 
@@ -24,7 +24,9 @@ def group_norm_with(constants, x, gamma, beta, eps, *, order=None):
     order = torch.arange(C) if order is None else order
     y = torch.empty_like(z)
     y[:, order] = F.group_norm(z[:, order], G, eps=eps)
-    return y * (gamma * constants.gain)[:, None] + beta[:, None]
+    weight = gamma * constants.gain if constants.quieter is None else gamma * constants.gain * constants.quieter
+    bias = beta if constants.constant is None else beta - gamma * constants.constant
+    return y * weight[:, None] + bias[:, None]
 
 
 def nominal_sample(mean: torch.Tensor, var: torch.Tensor, positions: int = 64) -> torch.Tensor:
@@ -36,14 +38,21 @@ def nominal_sample(mean: torch.Tensor, var: torch.Tensor, positions: int = 64) -
 
 @pytest.mark.parametrize("softness", [0.0, 0.3, 4.0])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_sample_with_nominal_statistics_gets_exactly_batchnorms_output(softness: float, shuffled: bool) -> None:
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_sample_with_nominal_statistics_gets_exactly_batchnorms_output(
+    softness: float, shuffled: bool, balanced: bool
+) -> None:
     torch.manual_seed(0)
     mean, var = statistics()
     eps = 1e-3
     gamma, beta = torch.randn(2, C, dtype=torch.float64)
     order = torch.randperm(C) if shuffled else None
     signs = torch.tensor([1, -1] * (C // 2)) if shuffled else None
-    constants = standardise(mean, var, eps, G, softness=softness, channel_order=order, signs=signs)
+    loudness = torch.rand(C, dtype=torch.float64) + 0.5 if balanced else None
+    centre = torch.randn(C, dtype=torch.float64) if balanced else None
+    constants = standardise(
+        mean, var, eps, G, softness=softness, channel_order=order, signs=signs, loudness=loudness, centre=centre
+    )
     x = nominal_sample(mean, var)
     expected = F.batch_norm(x, mean, var, gamma, beta, eps=eps)
     found = group_norm_with(constants, x, gamma, beta, eps + softness, order=order)
@@ -60,11 +69,16 @@ def test_without_the_gain_it_would_not_be_exact() -> None:
     assert not torch.allclose(found, expected, rtol=1e-2)
 
 
-def test_nominal_variance_counts_dead_channels_of_the_group_only() -> None:
+def test_the_gain_counts_dead_channels_of_the_group_only() -> None:
     var = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    assert nominal_variance(var, 1e-9, 3).tolist() == pytest.approx([0, 0, 1, 1, 1, 1])
-    order = torch.tensor([0, 2, 1, 3, 4, 5])
-    assert nominal_variance(var, 1e-9, 3, channel_order=order).tolist() == pytest.approx([0.5] * 4 + [1, 1])
+
+    def nominal(order: torch.Tensor | None = None) -> list[float]:
+        gain = standardise(torch.zeros_like(var), var, 1e-9, 3, channel_order=order).gain
+        found: list[float] = gain.square().tolist()
+        return found
+
+    assert nominal() == pytest.approx([0, 0, 1, 1, 1, 1], abs=1e-8)
+    assert nominal(torch.tensor([0, 2, 1, 3, 4, 5])) == pytest.approx([0.5] * 4 + [1, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_grouping",
             "_matplotlib",
             "_progress",
-            "_order",
+            "_estimate",
             "_policy",
             "_directory",
             "_saved",
@@ -48,7 +48,19 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_photos",
         }
     ),
-    frozenset({"ops._aten", "ops._cpu", "_onnx.norm", "_timing", "_peak_memory", "_speed_figure", "_explain_figure"})
+    frozenset(
+        {
+            "_order",
+            "_balance",
+            "ops._aten",
+            "ops._cpu",
+            "_onnx.norm",
+            "_timing",
+            "_peak_memory",
+            "_speed_figure",
+            "_explain_figure",
+        }
+    )
     | {f"ops._triton{part}" for part in ("", "._config", "._launch")}
     | {f"ops._triton._kernels_{part}" for part in ("shared", "tile", "split")}
     | {f"ops._triton._kernels_channels_last{part}" for part in ("", "_backward")},
@@ -59,7 +71,18 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"_layer", "_norms", "_forwards", "_sites", "_survey", "_carry", "_absorb", "_fusing"}
         | {"_distill", "_couple"}
-        | {"_running", "_build", "_trial", "_moments", "_corrections", "_tuning", "_schedule", "_references", "_squash"}
+        | {
+            "_running",
+            "_build",
+            "_trial",
+            "_moments",
+            "_corrections",
+            "_tuned_layer",
+            "_tuning",
+            "_schedule",
+            "_references",
+            "_squash",
+        }
         | {"_datasets", "_engine", "_forgetting", "_head", "_param_groups"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
         | {
@@ -156,9 +179,11 @@ SAME_FLOOR = {
     ("_corrections", "_trial"): "a correction is kept where the answers get better",
     ("_tuning", "_corrections"): "the last of the choices",
     ("_tuning", "_moments"): "the statistics that choose",
-    ("_tuning", "_norms"): "the norms they are of",
+    ("_tuned_layer", "_norms"): "the norm it is of",
+    ("_tuned_layer", "_moments"): "its tables",
+    ("_tuned_layer", "_sites"): "the norm it is of",
     ("_tuning", "_running"): "photos are read in one way",
-    ("_tuning", "_sites"): "the norms they are of",
+    ("_tuning", "_tuned_layer"): "what is decided of one layer",
     ("_tuning", "_trial"): "what is chosen is tried",
     ("_squash", "_layer"): "it is what is looked at",
     ("_schedule", "_layer"): "it sets the layers' softness",

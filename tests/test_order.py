@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gnswap._estimate import Arrangement, Tables, fluctuation
 from gnswap._grouping import valid_groups
-from gnswap._order import Arrangement, Tables, arrange, fluctuation, held_out
+from gnswap._order import arrange, held_out
 
 
 def tables(samples: int, channels: int, seed: int = 0, *, patches: int = 4, common: float = 0.5) -> Tables:

@@ -31,6 +31,8 @@ def decisions(draw: st.DrawFn) -> Decision:
         standardise=draw(st.booleans()),
         channel_order=draw(st.none() | st.permutations(range(channels)).map(tuple)),
         signs=draw(st.none() | signs),
+        loudness=draw(st.none() | st.just((1.5,) * channels)),
+        centre=draw(st.none() | st.just((-0.25,) * channels)),
     )
 
 
@@ -61,6 +63,9 @@ def make(**changes: object) -> Decision:
         ({"channel_order": (0,) * 8}, "channel_order is no permutation"),
         ({"signs": (1,) * 7}, "wrong signs"),
         ({"signs": (0,) * 8}, "wrong signs"),
+        ({"loudness": (1.0,) * 7 + (0.0,)}, "wrong loudness"),
+        ({"loudness": (1.0,) * 7}, "wrong loudness"),
+        ({"centre": (0.0,) * 7 + (math.nan,)}, "wrong centre"),
         ({"paths": ()}, "names no path"),
     ],
 )

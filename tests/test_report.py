@@ -54,6 +54,8 @@ def conversion(net: nn.Module, photos: list[Tensor]) -> gnswap.Conversion:
                 softness=0.5,
                 channel_order=tuple(shuffled),
                 signs=tuple(1 - 2 * (c % 2) for c in range(channels)),
+                loudness=tuple(1 + 0.02 * c for c in range(channels)),
+                centre=tuple(0.1 - 0.02 * c for c in range(channels)),
                 gain=tuple(1 + 0.01 * c for c in range(channels)),
                 offset=(0.01,) * channels,
             )
@@ -92,7 +94,7 @@ def test_every_field_of_a_decision_is_a_levers_or_none_at_all() -> None:
 def test_stages_add_one_lever_at_a_time(conversion: gnswap.Conversion) -> None:
     taken_apart = stages(conversion.plan)
     assert [lever.name for lever, _ in taken_apart] == [
-        "naive copy", "standardised", "softness", "order and signs", "corrections",
+        "naive copy", "standardised", "softness", "order and signs", "balance", "corrections",
     ]  # fmt: skip
     assert taken_apart[-1][1] == conversion.plan.swaps
     naive = taken_apart[0][1][0]

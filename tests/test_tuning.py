@@ -12,14 +12,14 @@ import torch
 from _models import build, same_state
 from torch import Tensor, nn
 
-from gnswap import _corrections, _tuning
+from gnswap import _corrections, _tuned_layer
 from gnswap._apply import apply
 from gnswap._build import build_layer
 from gnswap._errors import PlanError
+from gnswap._estimate import Arrangement, Tables, level, relative_error
 from gnswap._moments import collect
 from gnswap._norms import read_norm
 from gnswap._onnx.plain import plain as plain_copy
-from gnswap._order import Arrangement, Tables, level, relative_error
 from gnswap._plan import plan
 from gnswap._records import Decision, Plan
 from gnswap._revert import revert
@@ -200,7 +200,8 @@ def answer_errors(model: nn.Module, *decisions: Iterable[Decision]) -> list[floa
 def test_corrections_repair_a_drifted_layer() -> None:
     model = lifelike()
     bare = plan(model, softness=0).decisions
-    fixed, note = _corrections.corrected(model, bare, photos_in([LOUD * photos()[0]]))
+    found = _corrections.corrected(model, bare, photos_in([LOUD * photos()[0]]))
+    fixed, note = list(found.decisions), found.note
     assert all(decision.gain is not None and decision.offset is not None for decision in fixed)
     assert "paired corrections" in note
     assert "not fitted on" in note
@@ -222,7 +223,7 @@ def test_levels_that_harm_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     def nonsense(tables: Tables, *_rest: object) -> Tensor:
         return torch.full(tables.mean.shape[1:], 10.0)
 
-    monkeypatch.setattr(_tuning, "level", nonsense)
+    monkeypatch.setattr(_tuned_layer, "level", nonsense)
     made = plan(lifelike(), calibration=photos())
     assert all(decision.gain is None or max(decision.gain) < 2 for decision in made.swaps)
     assert not any("level from photos" in decision.reason for decision in made.swaps)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAMES = ("report-stages.png", "report-layers.png", "report-spread.png", "report-photos.png")
 """All files that `figures` may make; those that nothing was measured for are left out."""
 
-_COLOURS = ("#c63d2f", "#c07a00", "#7a52c7", "#1f6fb8", "#1d8a55", "#b02a75")  # those of the page in light
+_COLOURS = ("#c63d2f", "#c07a00", "#7a52c7", "#1f6fb8", "#1d8a55", "#8a6d1f", "#b02a75")  # those of the page in light
 _DPI = 160
 
 

@@ -36,6 +36,9 @@ LEVERS = (
     ),
     Lever("softness", "a constant beside each group's variance", ("softness",)),
     Lever("order and signs", "which channels share a group, and with which sign", ("channel_order", "signs")),
+    Lever(
+        "balance", "a loudness and a centre for each channel inside its group, undone behind it", ("loudness", "centre")
+    ),
     Lever("corrections", "a gain and an offset for each channel, fitted to photos", ("gain", "offset"), regroups=False),
 )
 TRAINED = Lever("trained", "the network as it is now: refitted, healed or trained after the conversion", regroups=False)

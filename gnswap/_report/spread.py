@@ -75,7 +75,11 @@ def _spread(
     name: str, norm: nn.Module, decision: Decision, mean: Tensor, deviation: Tensor, first: Tensor, second: Tensor
 ) -> Spread:
     """At one stage; `first` and `second` are the moments of x̂ over the positions, `[N, C]`."""
-    factor, shift = View.of(build_layer(norm, decision), mean, deviation).response(first, second)
+    layer = build_layer(norm, decision)
+    factor, shift = View.of(layer, mean, deviation).response(first, second)
+    if layer.channel_offset is not None:  # of centres, as gamma times a constant
+        gamma = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double().cpu()
+        shift = shift + (layer.channel_offset.double().cpu() / gamma).nan_to_num(0, 0, 0)
     ratio, away = factor.square().reciprocal().flatten(), (shift / factor).abs().flatten()
     at = torch.tensor([round(q * (len(ratio) - 1)) for q in QUANTILES])
     return Spread(name, tuple(ratio.sort().values[at].tolist()), float(away.median()))
