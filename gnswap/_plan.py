@@ -63,8 +63,9 @@ def plan(
             The plan is then the purest that reaches it on photos held out, within `max_softness`; its notes say what
             it cost, or that it is out of reach (also a warning).
         order: which channels share a group. "natural" is neighbours, with their own signs; "auto" is what the photos
-            say, with the channels' loudness and centres in their groups, neighbours without photos; a mapping from glob or path to a permutation of the layer's channels is
-            the user's own for those layers, "auto" for the others.
+            say, with the channels' loudness and centres in their groups, and neighbours without photos; a mapping from
+            glob or path to a permutation of the layer's channels is the user's own for those layers, "auto" for the
+            others.
         calibration: input batches (tensors, or tuples whose first item is the input), or what `gnswap.calibrate`
             made of them. 64 to 256 unlabelled photos like those that the network is for. They are read once and held in
             memory, and it does not matter in which order or batches they come: a quarter of them, chosen by
