@@ -7,9 +7,9 @@ and signs make the means cancel; the variance, a mean of squares, can cancel not
     \mathrm{E}_s(\hat x + t)^2 = Q + 2 t M + t^2,
 
 and M, the channel's mean on a photo, goes up and down with its mean square Q (in sparse channels nearly always): a
-small t of the opposite sign takes most of that away. A factor e on the channel says how much of the
-group's variance is its own. Both are undone behind the norm (`_algebra`), so at nominal statistics the layer gives what
-BatchNorm gives, as before.
+small t of the opposite sign takes most of that away. A factor e on the channel says how much of the group's variance is
+its own. Both are undone behind the norm (`_algebra`), so at nominal statistics the layer gives what BatchNorm gives, as
+before.
 
 They minimise the squared error of the layer's output, which is exact in the tables, plus
 
@@ -38,7 +38,7 @@ _RATE = 0.05
 
 
 def balanced(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float, softness: float) -> Arrangement:
-    """The arrangement with a loudness and a centre for each channel. Deterministic.
+    """The arrangement with a loudness and a centre for each channel; as it is, where none are found. Deterministic.
 
     Args:
         tables: of the layer.
@@ -55,12 +55,12 @@ def balanced(tables: Tables, num_groups: int, arrangement: Arrangement, eps: flo
         >>> max(found.centre) < 0  # square and mean go up and down together
         True
     """
-    grouped = Grouped.of(tables, num_groups, arrangement)
-    weight = grouped.weight.sum(1) / grouped.weight.sum().clamp_min(1e-30)
-    centre, log_loudness = (torch.zeros_like(grouped.weight, requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.Adam([centre, log_loudness], lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        grouped = Grouped.of(tables, num_groups, arrangement)
+        weight = grouped.weight.sum(1) / grouped.weight.sum().clamp_min(1e-30)
+        centre, log_loudness = (torch.zeros_like(grouped.weight, requires_grad=True) for _ in range(2))
+        optimizer = torch.optim.Adam([centre, log_loudness], lr=_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
         for _ in range(_STEPS):
             moved = dataclasses.replace(grouped, loudness=log_loudness.exp(), centre=centre)
             penalty = weight @ (moved.constant_share() + log_loudness.square().mean(1))
@@ -69,6 +69,8 @@ def balanced(tables: Tables, num_groups: int, arrangement: Arrangement, eps: flo
             (error + _PENALTY * penalty).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+    if not (centre.isfinite().all() and log_loudness.isfinite().all()):
+        return arrangement
     loudness, natural = (
         torch.empty_like(part).view(-1).index_copy(0, grouped.order, part.view(-1))
         for part in (log_loudness.detach().exp(), centre.detach())

@@ -172,8 +172,8 @@ class Grouped:
 
     def constant_share(self) -> Tensor:
         """The share of each group's nominal variance that is a constant of the centres, `[G]`; 0 without them."""
-        varying = (self.loudness.square() * self.nominal).mean(1)
-        return 1 - varying / self.nominal_variance().clamp_min(1e-30)
+        varying, whole = (self.loudness.square() * self.nominal).mean(1), self.nominal_variance()
+        return (whole - varying) / whole.clamp_min(1e-30)
 
     def squared_error(self, epsilon: float, gain: Tensor | None = None) -> Tensor:
         """The squared relative error of the GroupNorm's output, a scalar; has gradients.

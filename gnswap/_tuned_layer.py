@@ -153,6 +153,8 @@ class TunedLayer:
             return self
         decision = self.decision
         found = balanced(self.seen, decision.num_groups, self.arrangement, self.eps, decision.softness)
+        if found.centre is None:
+            return self
         constant = float(Grouped.of(self.seen, decision.num_groups, found).constant_share().mean())
         decision = dataclasses.replace(
             decision,

@@ -65,11 +65,26 @@ def test_the_same_tables_give_the_same_balance() -> None:
     assert balanced(skewed(32, 1), 2, Arrangement(), 1e-5, 0.0) == balanced(skewed(32, 1), 2, Arrangement(), 1e-5, 0.0)
 
 
+def test_inference_mode_is_no_obstacle() -> None:
+    with torch.inference_mode():
+        made = skewed(32, 1)
+        found = balanced(made, 2, Arrangement(), 1e-5, 0.0)
+    assert found == balanced(skewed(32, 1), 2, Arrangement(), 1e-5, 0.0)
+
+
 def test_dead_channels_stay_finite() -> None:
     made = skewed(16, 2)
     made.nominal[:4], made.square[:, :4], made.mean[:, :4] = 0, 0, 0
     found = balanced(dataclasses.replace(made, weight=made.weight * made.nominal), 4, Arrangement(), 1e-5, 0.0)
     assert torch.tensor([found.loudness, found.centre]).isfinite().all()
+    silent = dataclasses.replace(made, weight=made.weight * 0)
+    assert balanced(silent, 4, Arrangement(), 1e-5, 0.0).loudness == (1.0,) * 16
+
+
+def test_numbers_that_are_not_finite_leave_the_arrangement_as_it_is() -> None:
+    made = skewed(16, 2)
+    made.square[0, 0] = torch.inf
+    assert balanced(made, 4, Arrangement(), 1e-5, 0.0) == Arrangement()
 
 
 @pytest.fixture(scope="module")
