@@ -27,7 +27,8 @@ is the mean of its channels' variances plus the variance of their means,
 One channel that varies much, or whose mean lies far from the others', makes :math:`v_g` large: every quieter channel
 beside it is squashed, :math:`k_c \ll 1`.
 
-**A standardised layer** has a = 0 and b = ±1 (with balance, `_balance`, a = ±e t and b = ±e), so :math:`m_g = 0`; its gain is what makes :math:`k_c = 1` (`_algebra`).
+**A standardised layer** has a = 0 and b = ±1, so :math:`m_g = 0`; its gain is what makes :math:`k_c = 1` (`_algebra`).
+With balance (`_balance`) a and b are each channel's own, and the gain undoes b.
 
 Why not measured: running statistics are in every pretrained network, so this needs neither photos nor a forward pass.
 What it cannot tell is how samples differ from the training set's statistics: `gnswap.report` measures that.
