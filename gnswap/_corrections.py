@@ -41,25 +41,24 @@ _WORTH = 0.98  # corrections have to bring the distance below this share of what
 
 
 @dataclasses.dataclass(frozen=True)
-class Corrected:
-    """What came of it.
+class Trial:
+    """What corrections would bring.
 
     Attributes:
-        decisions: with corrections where those help, else as they were.
-        distance: of the answers, on photos that the corrections were not fitted on.
+        decisions: without them.
+        strength: the best; None where they do not help.
+        distance: of the answers with corrections of that strength, on photos that they were not fitted on.
         note: the same in words.
     """
 
     decisions: tuple[Decision, ...]
+    strength: float | None
     distance: float
     note: str
 
 
-def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> Corrected:
-    """The decisions with corrections, where those help on photos that they were not fitted on; else as they are.
-
-    Two halves of the photos are corrected on and judged on in turn. If the answers to all of them get better so, at
-    full or at half strength, the corrections are fitted once more, on all photos.
+def tried(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> Trial:
+    """Find out what corrections bring: two halves of the photos are corrected on and judged on in turn.
 
     Args:
         model: the original network.
@@ -67,7 +66,7 @@ def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[
         photos: single samples `[1, ...]`, in an order without meaning.
 
     Returns:
-        The decisions and their distance.
+        How far the answers are from the original's, and whether corrections help.
     """
     halves = [photos[::2], photos[1::2]]
     juries = [Jury(model, half) for half in halves]
@@ -81,10 +80,16 @@ def corrected(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[
     judged = f"{before:.3g} to {after[strength]:.3g} on photos that they were not fitted on"
     if not after[strength] < _WORTH * before:
         note = f"no paired corrections: they would take the distance of the answers from {judged}"
-        return Corrected(tuple(decisions), before, note)
+        return Trial(tuple(decisions), None, before, note)
     how = "paired corrections" if strength == 1 else f"paired corrections at strength {strength:g}"
-    fitted_to_all = _at(strength, decisions, _fitted(model, decisions, photos))
-    return Corrected(tuple(fitted_to_all), after[strength], f"{how}: distance of the answers from {judged}")
+    return Trial(tuple(decisions), strength, after[strength], f"{how}: distance of the answers from {judged}")
+
+
+def corrected(model: nn.Module, trial: Trial, photos: Sequence[Tensor]) -> list[Decision]:
+    """The decisions of a trial with corrections fitted on all photos, where those help; else as they are."""
+    if trial.strength is None:
+        return list(trial.decisions)
+    return _at(trial.strength, trial.decisions, _fitted(model, trial.decisions, photos))
 
 
 def _at(strength: float, decisions: Sequence[Decision], fitted: Sequence[Decision]) -> list[Decision]:

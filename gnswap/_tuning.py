@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnswap._corrections import corrected
+from gnswap._corrections import corrected, tried
 from gnswap._errors import PlanMismatchError
 from gnswap._moments import ChannelStatistics, Moments, collect
 from gnswap._order import held_out
@@ -100,17 +100,16 @@ def tuned(
         rivals = [layers]
     if not are_corrected:
         return [layer.decision for layer in layers], notes
-    finished = [corrected(model, [layer.decision for layer in one], photos) for one in rivals]
-    best = finished[0]
-    if len(finished) > 1:
-        plain, balanced_one = finished
-        best = balanced_one if balanced_one.distance < _WORTH * plain.distance else plain
-        chosen = "balanced" if best is balanced_one else "not balanced"
+    trials = [tried(model, [layer.decision for layer in one], photos) for one in rivals]
+    best = trials[0]
+    if len(trials) > 1:
+        plain, balanced = trials
+        best = balanced if balanced.distance < _WORTH * plain.distance else plain
         notes.append(
-            f"taken: {chosen}; distance of the answers with what corrections bring: {plain.distance:.3g} not balanced, "
-            f"{balanced_one.distance:.3g} balanced"
+            f"taken: {'balanced' if best is balanced else 'not balanced'}; distance of the answers with what "
+            f"corrections bring: {plain.distance:.3g} not balanced, {balanced.distance:.3g} balanced"
         )
-    return list(best.decisions), [*notes, best.note]
+    return corrected(model, best, photos), [*notes, best.note]
 
 
 def _of_views(model: nn.Module, photos: Sequence[Tensor]) -> Mapping[str, Moments]:

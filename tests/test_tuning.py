@@ -200,8 +200,9 @@ def answer_errors(model: nn.Module, *decisions: Iterable[Decision]) -> list[floa
 def test_corrections_repair_a_drifted_layer() -> None:
     model = lifelike()
     bare = plan(model, softness=0).decisions
-    found = _corrections.corrected(model, bare, photos_in([LOUD * photos()[0]]))
-    fixed, note = list(found.decisions), found.note
+    loud = photos_in([LOUD * photos()[0]])
+    trial = _corrections.tried(model, bare, loud)
+    fixed, note = _corrections.corrected(model, trial, loud), trial.note
     assert all(decision.gain is not None and decision.offset is not None for decision in fixed)
     assert "paired corrections" in note
     assert "not fitted on" in note
