@@ -33,8 +33,8 @@ import torch
 from gnswap._estimate import Arrangement, Grouped, Tables
 
 _PENALTY = 0.1
-_STEPS = 100
-_RATE = 0.05
+_STEPS = 50
+_RATE = 0.1
 
 
 def balanced(tables: Tables, num_groups: int, arrangement: Arrangement, eps: float, softness: float) -> Arrangement:
