@@ -41,11 +41,7 @@ def balanced(tables: Tables, num_groups: int, arrangement: Arrangement, eps: flo
     """The arrangement with a loudness and a centre for each channel; as it is, where none are found. Deterministic.
 
     Args:
-        tables: of the layer.
-        num_groups: G.
-        arrangement: order and signs.
-        eps: of the norm.
-        softness: added to the variance beside eps.
+        tables, num_groups, arrangement, eps, softness: as for `_estimate.relative_error`.
 
     Example:
         >>> mean = (torch.rand(32, 1, generator=torch.Generator().manual_seed(0)) - 0.5).expand(32, 4)

@@ -93,10 +93,9 @@ def tuned(
     are_corrected = len(photos) >= 2 * LEAST_SAMPLES
     if policy.fidelity is not None or not are_corrected:
         layers = min(rivals, key=lambda one: jury.score([layer.decision for layer in one]).distance)
-        rivals = [layers]
-    if policy.fidelity is not None:
-        layers, note = _soft_enough(layers, jury, policy.fidelity, policy.max_softness)
-        notes.append(note)
+        if policy.fidelity is not None:
+            layers, note = _soft_enough(layers, jury, policy.fidelity, policy.max_softness)
+            notes.append(note)
         rivals = [layers]
     if not are_corrected:
         return [layer.decision for layer in layers], notes
