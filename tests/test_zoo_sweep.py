@@ -107,7 +107,7 @@ def test_every_exception_has_its_reason(zoo: Any) -> None:
         "| failed: revert (meta): Traceback: broken (d) | 1 |",
         "| failed: revert (values): Traceback: broken (b) | 1 |",
         "| not run: export: too little time (d, e) | 2 |",
-        "| not run: values: too little time so far; 0 pass the checks of shapes (d, e) | 2 |",
+        "| not run: values: too little time or memory so far; 0 pass the checks of shapes (d, e) | 2 |",
     ]
 
 
