@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gnswap._apply import apply
+from gnswap._couple import singles_of_one_shape
 from gnswap._fidelity import Fidelity, compare
 from gnswap._heal import heal
 from gnswap._healing import HealReport
@@ -18,6 +19,7 @@ from gnswap._record import Record
 from gnswap._records import Plan
 from gnswap._refit import RefitReport, refit
 from gnswap._running import kept_batches
+from gnswap._trial import parted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,8 @@ def taught(
         GnswapError: see `gnswap.refit` and `gnswap.heal`.
     """
     kept = kept_batches(photos)
-    refitted = refit(conversion.model, original, kept) if refitting else None
+    to_refit = kept if steps is None else [parted(singles_of_one_shape(kept, "refit"))[0]]  # the others judge healing
+    refitted = refit(conversion.model, original, to_refit) if refitting else None
     healing = None if steps is None else heal(conversion.model, original, kept, steps=steps)
     report = dataclasses.replace(
         conversion.report,

@@ -86,7 +86,7 @@ def tried(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tens
 
 
 def corrected(model: nn.Module, trial: Trial, photos: Sequence[Tensor]) -> list[Decision]:
-    """The decisions of a trial with corrections fitted on all photos, where those help; else as they are."""
+    """The decisions of a trial with corrections fitted on these photos, where those help; else as they are."""
     if trial.strength is None:
         return list(trial.decisions)
     return _at(trial.strength, trial.decisions, _fitted(model, trial.decisions, photos))

@@ -8,8 +8,10 @@ network runs them, its weights become those that give the original's output from
     + \lambda \sum_{ij} \Delta_{ij}^2 \, \overline{\tilde x_j^2}
 
 with y what the original's layer gives, x̃ what the converted network's layer is given, and the strength λ chosen for
-each layer across two halves of the photos. Each layer is fitted on what the layers in front of it give when they have
-been fitted already (as Frantar et al., *GPTQ*, 2023, do after rounding weights; Nagel et al., 2019, correct biases so).
+each layer across two halves of the photos. Where a GroupNorm is all that reads the layer, y is given the means and
+sizes of groups that the layer reaches: the norm takes them away again (`_taken_away`). Each layer is fitted on what the
+layers in front of it give when they have been fitted already (as Frantar et al., *GPTQ*, 2023, do after rounding
+weights; Nagel et al., 2019, correct biases so).
 
 Why in closed form beside `heal`: some seconds in place of minutes, and a few dozen photos are enough: no step size, no
 noise of batches. Why it is judged at the network's output on photos held out: a fit can lower every layer's error
@@ -30,10 +32,12 @@ from torch import Tensor, nn
 from gnswap import _least_squares
 from gnswap._couple import require_couple, singles_of_one_shape
 from gnswap._errors import ArgumentError
+from gnswap._layer import FusedGroupNorm
 from gnswap._lockstep import Walk
 from gnswap._progress import counted
 from gnswap._record import Record
 from gnswap._running import eval_mode, placed
+from gnswap._taken_away import equivalent, norms_behind
 from gnswap._trial import Jury, answers, parted
 
 _LEAST_GAIN = 0.005  # of a layer's squared error, on the other half of the photos
@@ -45,7 +49,8 @@ class RefitLayer(Record):
 
     Attributes:
         name: its path.
-        error: squared error of its output before, relative to the original's variance, on the photos it is fitted on.
+        error: squared error of its output before, relative to the original's variance, on the photos it is fitted on;
+            without what a GroupNorm behind it takes away.
         gain: share of that error that a fit on one half of the photos takes away on the other half.
         strength: λ, relative; None where nothing helped, and the weights stay.
     """
@@ -64,10 +69,10 @@ class RefitReport(Record):
         refitted: whether the network is closer to its original on the photos held out. Where it is not, it was given
             back bit for bit as it was.
         verdict: the same in words, with figures.
-        photos: how many the weights were fitted on.
-        held_out: how many judged.
-        distance: before and after, on the photos held out: mean KL(original ‖ converted) in nats of a classifier, else
-            the squared relative error of the outputs.
+        photos: how many the weights were fitted on in the end.
+        held_out: how many of them judged a first fit, on the others.
+        distance: before and after that first fit, on the photos held out: mean KL(original ‖ converted) in nats of a
+            classifier, else the squared relative error of the outputs.
         agreement: before and after: share of them with the original's top-1 class; None for no classifier.
         layers: those that were looked at, in the order in which the network runs them.
     """
@@ -84,13 +89,14 @@ class RefitReport(Record):
 def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> RefitReport:
     """Fit the weights of a converted network's convolutions and linear layers to its original, in place.
 
-    No labels and no gradients: least squares, one layer after the other, in one forward pass of each network. Every
-    fourth photo is held out and judges at the network's output; where that is no nearer to the original's, the network
-    is given back bit for bit. Layers that run more than once, share their weight, are parametrized, frozen, or of
-    another kind than torch's own (and timm's Conv2dSame) keep their weights.
+    No labels and no gradients: least squares, one layer after the other, in one forward pass of each network. First on
+    three photos of four: the fourth judges at the network's output. Where that is no nearer to the original's, the
+    network is given back bit for bit; else it is fitted on all. Layers that run more than once, share their weight, are
+    parametrized, frozen, or of another kind than torch's own (and timm's Conv2dSame) keep their weights.
 
-    Use it between `convert` and `heal`, or alone. `gnswap.save` and `load` work as before; `revert` refuses, as after
-    any training.
+    Use it between `convert` and `heal`, or alone. Healing is judged on every fourth of its own photos: to have that
+    done on photos that nothing was fitted on, give `refit` the others only (`gnswap convert --refit --heal` does).
+    `gnswap.save` and `load` work as before; `revert` refuses, as after any training.
 
     Memory: what both networks hold at their widest place for all photos at once (EfficientNet-Lite0 at 224 pixels: 20
     MB a photo), and a few matrices of the size (inputs times kernel)² of a layer.
@@ -120,21 +126,19 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
         (True, ['3'])
     """
     require_couple(converted, original, "refit")
-    x, judging = parted(singles_of_one_shape(photos, "refit"))
+    singles = singles_of_one_shape(photos, "refit")
+    x, judging = parted(singles)
     jury = Jury(original, judging)
     with eval_mode(converted, original), torch.no_grad():
         before = jury.judge(answers(converted, jury.photos))
         names = _fittable(converted, x[:1])
-        kept = {name: parameter.clone() for name, parameter in _parameters(converted, names).items()}
-        helped = False
-        try:
+        with _given_back_on_error(converted, names) as give_back:
             layers = _fitted(converted, original, names, x)
             after = jury.judge(answers(converted, jury.photos))
+            give_back()
             helped = after.distance < before.distance
-        finally:  # after an error or an interruption too
-            if not helped:
-                for name, parameter in _parameters(converted, names).items():
-                    parameter.copy_(kept[name])
+            if helped:
+                layers = _fitted(converted, original, names, torch.cat(singles))
     figures = f"distance {before.distance:.3g} to {after.distance:.3g}"
     agreement = None
     if before.agreement is not None and after.agreement is not None:
@@ -145,7 +149,7 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     return RefitReport(
         refitted=helped,
         verdict=f"{did} {figures} on {len(jury.photos)} photos held out",
-        photos=len(x),
+        photos=len(singles),
         held_out=len(jury.photos),
         distance=(before.distance, after.distance),
         agreement=agreement,
@@ -153,13 +157,21 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     )
 
 
-def _parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters that a fit changes, by path."""
-    return {
-        f"{name}.{key}": parameter
-        for name in names
-        for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
-    }
+@contextlib.contextmanager
+def _given_back_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[], None]]:
+    """What gives the layers the parameters back that they had; done at the end of a block that fails or is stopped."""
+    parameters = [parameter for name in names for parameter in model.get_submodule(name).parameters(recurse=False)]
+    kept = [parameter.clone() for parameter in parameters]
+
+    def give_back() -> None:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+
+    try:
+        yield give_back
+    except BaseException:
+        give_back()
+        raise
 
 
 def _fittable(model: nn.Module, x: Tensor) -> list[str]:
@@ -182,6 +194,7 @@ def _fittable(model: nn.Module, x: Tensor) -> list[str]:
 def _fitted(converted: nn.Module, original: nn.Module, names: list[str], x: Tensor) -> list[RefitLayer]:
     """Fit the layers in place, one after the other."""
     layers: list[RefitLayer] = []
+    behind = norms_behind(converted, names, placed(x[:1], converted))
 
     def pass_original(stop: Callable[[Any], None]) -> None:
         with _hooked(original, names, lambda name, found: stop((name, found)), after=True):
@@ -202,7 +215,7 @@ def _fitted(converted: nn.Module, original: nn.Module, names: list[str], x: Tens
                 )
             layer = converted.get_submodule(name)
             assert _least_squares.can_fit(layer)
-            layers.append(_fit(name, layer, given, found[1].to(given)))
+            layers.append(_fit(name, layer, given, found[1].to(given), behind.get(name)))
             show(len(layers), f"refitting {name}")
 
         with _hooked(converted, names, fit, after=False):
@@ -210,8 +223,10 @@ def _fitted(converted: nn.Module, original: nn.Module, names: list[str], x: Tens
     return layers
 
 
-def _fit(name: str, layer: _least_squares.Layer, x: Tensor, y: Tensor) -> RefitLayer:
-    """Fit one layer in place to give y, of the original, from x, of the converted network."""
+def _fit(name: str, layer: _least_squares.Layer, x: Tensor, y: Tensor, norm: FusedGroupNorm | None) -> RefitLayer:
+    """Fit one layer in place to give y, of the original, from x, of the converted network, for the norm behind it."""
+    if norm is not None:
+        y = equivalent(norm, y, layer.forward(x))
     # neighbours stay together: where a network cuts photos into windows, these are rows of their own
     halves = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
     fit = _least_squares.best_fit(*(_least_squares.Sums.of(layer, *half) for half in halves))

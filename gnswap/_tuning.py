@@ -74,7 +74,8 @@ def tuned(
         photos = photos_in(calibration)
         statistics = collect(model, batched(photos, ROWS))
     apart = held_out(torch.arange(statistics.samples)).tolist()
-    viewed = _of_views(model, [photo for photo, judges in zip(photos, apart, strict=False) if not judges])
+    learned = [photo for photo, judges in zip(photos, apart, strict=False) if not judges]
+    viewed = _of_views(model, learned)
     known = [TunedLayer.of(model, draft, statistics, viewed) for draft in drafts]
     candidates = _candidates(known, policy)
     notes = [f"chosen on {statistics.samples - sum(apart)} photos and judged on {sum(apart)} others"]
@@ -108,7 +109,8 @@ def tuned(
             f"taken: {'balanced' if best is balanced else 'not balanced'}; distance of the answers with what "
             f"corrections bring: {plain.distance:.3g} not balanced, {balanced.distance:.3g} balanced"
         )
-    return corrected(model, best, photos), [*notes, best.note]
+    # not on all: what refits or heals this network judges itself on the photos held out
+    return corrected(model, best, learned), [*notes, best.note]
 
 
 def _of_views(model: nn.Module, photos: Sequence[Tensor]) -> Mapping[str, Moments]:

@@ -82,6 +82,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "_schedule",
             "_references",
             "_squash",
+            "_taken_away",
         }
         | {"_datasets", "_engine", "_forgetting", "_head", "_param_groups"}
         | {f"_onnx.{part}" for part in ("plain", "targets", "compiler", "autotune", "write", "lowerings")}
@@ -168,6 +169,8 @@ SAME_FLOOR = {
     ("_moments", "_norms"): "it listens at the norms",
     ("_moments", "_running"): "while the network runs",
     ("_moments", "_sites"): "it has to find them",
+    ("_taken_away", "_layer"): "what its norms take away",
+    ("_taken_away", "_running"): "while the network runs",
     ("_trial", "_build"): "the layers that are tried",
     ("_trial", "_layer"): "the same",
     ("_trial", "_running"): "while the network runs",

@@ -106,7 +106,7 @@ def test_it_comes_closer_on_photos_that_nobody_has_seen() -> None:
     assert after.kl < 0.8 * before.kl
     assert report.refitted
     assert report.verdict.startswith("refitted ")
-    assert (report.photos, report.held_out) == (48, 16)
+    assert (report.photos, report.held_out) == (64, 16)
     assert report.distance[1] < report.distance[0]
     assert "0" in {layer.name for layer in report.layers if layer.strength is None}, "the first sees no norm"
     changed = {name for name, tensor in converted.state_dict().items() if not torch.equal(tensor, start[name])}

@@ -12,7 +12,7 @@ import torch
 from _models import build, same_state
 from torch import Tensor, nn
 
-from gnswap import _corrections, _tuned_layer
+from gnswap import _corrections, _tuned_layer, _tuning
 from gnswap._apply import apply
 from gnswap._build import build_layer
 from gnswap._errors import PlanError
@@ -25,7 +25,7 @@ from gnswap._records import Decision, Plan
 from gnswap._revert import revert
 from gnswap._running import photos_in
 from gnswap._store import load, save
-from gnswap._trial import Jury, Score, converted
+from gnswap._trial import Jury, Score, converted, parted
 
 
 def photos(count: int = 32, seed: int = 0) -> list[Tensor]:
@@ -69,6 +69,22 @@ def test_a_trial_answers_as_the_converted_model_and_leaves_nothing() -> None:
         assert torch.equal(model(x), before(x))
     assert same_state(model, before)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_fitted_to_the_photos_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refitting and healing are judged on them: corrections that had seen them would look better than they are."""
+    fitted: list[list[Tensor]] = []
+    corrected = _tuning.corrected
+
+    def seen(model: nn.Module, trial: _corrections.Trial, singles: list[Tensor]) -> list[Decision]:
+        fitted.append(singles)
+        return corrected(model, trial, singles)
+
+    monkeypatch.setattr(_tuning, "corrected", seen)
+    plan(lifelike(), groups=4, softness=0, calibration=photos(40))
+    learned, judging = parted(photos_in(photos(40)))
+    assert len(judging) == 10
+    assert torch.equal(torch.cat(fitted[0]), learned)
 
 
 def test_the_jury() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import re
 import sys
 import time
 import warnings
@@ -197,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the photos are kept (%(default)s)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells to measure, as in 'lite0.*; 183 photos'")
     arguments = parser.parse_args()
     if importlib.util.find_spec("opacus") is None:
         sys.exit("Opacus is compared with here: pip install --no-deps opacus==1.6.0")
@@ -207,6 +209,8 @@ def main() -> None:
     for cell in cells():
         for name in MODELS:
             if any(key.startswith(f"{name}: {cell}: ") for key in rows.rows):
+                continue
+            if not re.search(arguments.only, f"{name}: {cell}"):
                 continue
             if name not in benches:
                 benches[name] = Bench(name, files)

@@ -34,6 +34,16 @@ import torch
 from _report import RESULTS, Row, Rows, code_version, environment, markdown_table, write
 from rich.progress import track
 
+EXPORTERS = (
+    "networkx",
+    "onnxruntime",
+    "onnxscript.function_libs.torch_lib.ops",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.decomposition",
+    "torch.onnx._internal.exporter._core",
+)
+"""What an export imports."""
+
 KINDS = ("values", "meta", "export")
 """What a row is of: a network with values, one on the meta device, an exported file."""
 
@@ -61,9 +71,7 @@ def isolated(work: Work, name: str, photos: Path, seconds: float, gibibytes: flo
     """One row out of a process of its own, which may hang, die, or want all memory."""
     context = multiprocessing.get_context("forkserver")
     # imported once; a fork of it takes no time
-    context.set_forkserver_preload(
-        ["torch", "timm", "gnswap", *(("onnxruntime", "onnxscript") if work is export else ())]
-    )
+    context.set_forkserver_preload(["torch", "timm", "gnswap", *(EXPORTERS if work is export else ())])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_in_process, args=(sender, work, name, photos, gibibytes), daemon=True)
     process.start()
