@@ -353,7 +353,7 @@ def test_convert_refits(run: Run, photos: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)["report"]
     refitting = gnswap.RefitReport.from_dict(report["refitting"])
-    assert (refitting.photos, refitting.held_out) == (9, 3)
+    assert (refitting.photos, refitting.held_out) == (12, 3)
     assert refitting.verdict in report["notes"]
     assert " refitting ..." in said(result)
     assert f"Refit: {refitting.verdict}." in " ".join(run(*arguments, "-o", "refitted").stdout.split())
