@@ -57,20 +57,17 @@ class Trial:
     note: str
 
 
-def tried(model: nn.Module, decisions: Sequence[Decision], photos: Sequence[Tensor]) -> Trial:
+def tried(decisions: Sequence[Decision], juries: tuple[Jury, Jury]) -> Trial:
     """Find out what corrections bring: two halves of the photos are corrected on and judged on in turn.
 
     Args:
-        model: the original network.
         decisions: what is to be corrected.
-        photos: single samples `[1, ...]`, in an order without meaning.
+        juries: with the original network, one for each half; which photo is in which has no meaning.
 
     Returns:
         How far the answers are from the original's, and whether corrections help.
     """
-    halves = [photos[::2], photos[1::2]]
-    juries = [Jury(model, half) for half in halves]
-    fitted = [_fitted(model, decisions, half) for half in reversed(halves)]
+    fitted = [_fitted(other.model, decisions, other.photos) for other in reversed(juries)]
     before = sum(jury.score(decisions).distance for jury in juries) / 2
     after = dict.fromkeys(_STRENGTHS, 0.0)
     for strength in _STRENGTHS:

@@ -100,7 +100,8 @@ def tuned(
         rivals = [layers]
     if not are_corrected:
         return [layer.decision for layer in layers], notes
-    trials = [tried(model, [layer.decision for layer in one], photos) for one in rivals]
+    halves = Jury(model, photos[::2]), Jury(model, photos[1::2])
+    trials = [tried([layer.decision for layer in one], halves) for one in rivals]
     best = trials[0]
     if len(trials) > 1:
         plain, balanced = trials

@@ -217,7 +217,7 @@ def test_corrections_repair_a_drifted_layer() -> None:
     model = lifelike()
     bare = plan(model, softness=0).decisions
     loud = photos_in([LOUD * photos()[0]])
-    trial = _corrections.tried(model, bare, loud)
+    trial = _corrections.tried(bare, (Jury(model, loud[::2]), Jury(model, loud[1::2])))
     fixed, note = _corrections.corrected(model, trial, loud), trial.note
     assert all(decision.gain is not None and decision.offset is not None for decision in fixed)
     assert "paired corrections" in note
