@@ -39,10 +39,11 @@ def norms_behind(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str,
     def note(name: str, y: Tensor) -> None:
         outputs[id(y)] = (name, y, y.clone())  # y itself, so that no other tensor takes its id
 
-    def meet(norm: FusedGroupNorm, given: Tensor) -> None:
-        name, _, as_it_was = outputs.get(id(given), ("", given, None))
-        if as_it_was is not None and torch.equal(given, as_it_was):  # nothing has written into it
-            candidates[name] = norm
+    def meet(norm: FusedGroupNorm, inputs: tuple[Tensor, ...]) -> None:
+        for given in inputs[:1]:
+            name, _, as_it_was = outputs.get(id(given), ("", given, None))
+            if as_it_was is not None and torch.equal(given, as_it_was):  # nothing has written into it
+                candidates[name] = norm
 
     with contextlib.ExitStack() as hooks:
         for name in names:
@@ -50,7 +51,7 @@ def norms_behind(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str,
             hooks.callback(layer.register_forward_hook(lambda _m, _x, y, name=name: note(name, y)).remove)
         for norm in model.modules():
             if isinstance(norm, FusedGroupNorm):
-                hooks.callback(norm.register_forward_pre_hook(lambda norm, inputs: meet(norm, inputs[0])).remove)
+                hooks.callback(norm.register_forward_pre_hook(meet).remove)
         model(x)
     return {name: candidates[name] for name in _read_by_nothing_else(model, candidates, list(candidates), x)}
 
@@ -83,7 +84,10 @@ def _runs_without(model: nn.Module, candidates: dict[str, FusedGroupNorm], names
             layer, norm = model.get_submodule(name), candidates[name]
             hooks.callback(layer.register_forward_hook(lambda _m, _x, y: hide(y)).remove)
             hooks.callback(norm.register_forward_pre_hook(lambda _m, inputs: (show(inputs[0]), *inputs[1:])).remove)
-        return all(bool(output.isfinite().all()) for output in flat(model(x)))
+        try:
+            return all(bool(output.isfinite().all()) for output in flat(model(x)))
+        except Exception:  # somebody's forward may refuse NaN: then it has read them
+            return False
 
 
 def equivalent(norm: FusedGroupNorm, y: Tensor, reached: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class Readers(nn.Module):
         x = self.shared_norm(shared) + shared
         x = self.activated_norm(self.activated(x).relu_())
         x = self.summed_norm(self.summed(x) + x)
+        if x.isnan().any():
+            raise ValueError("no numbers")
         y: Tensor = self.last(x)
         return y.mean((2, 3))
 
