@@ -144,8 +144,9 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 def by_depth(rows: list[dict[str, Any]]) -> str:
     """What limits a conversion: the squared error of a layer's output by depth, and what a refit can do about it.
 
-    The error of the layers between the norms, relative to the variance of the original's output, layer by layer on what
-    the refitted layers in front give; and the share of it that a fit on half of the photos takes away on the others.
+    The error of the layers between the norms, relative to the variance of the original's output and without what the
+    norm behind takes away, layer by layer on what the refitted layers in front give; and the share of it that a fit on
+    half of the photos takes away on the others.
     """
     cells = []
     for row in rows:
