@@ -148,8 +148,11 @@ def taught(
         GnswapError: see `gnswap.refit` and `gnswap.heal`.
     """
     kept = kept_batches(photos)
-    to_refit = kept if steps is None else [parted(singles_of_one_shape(kept, "refit"))[0]]  # the others judge healing
-    refitted = refit(conversion.model, original, to_refit) if refitting else None
+    refitted = None
+    if refitting:
+        # the others judge healing
+        to_refit = kept if steps is None else [parted(singles_of_one_shape(kept, "refit"))[0]]
+        refitted = refit(conversion.model, original, to_refit)
     healing = None if steps is None else heal(conversion.model, original, kept, steps=steps)
     report = dataclasses.replace(
         conversion.report,

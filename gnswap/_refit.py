@@ -132,13 +132,14 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     with eval_mode(converted, original), torch.no_grad():
         before = jury.judge(answers(converted, jury.photos))
         names = _fittable(converted, x[:1])
+        behind = norms_behind(converted, names, placed(x[:1], converted))
         with _given_back_on_error(converted, names) as give_back:
-            layers = _fitted(converted, original, names, x)
+            layers = _fitted(converted, original, names, behind, x)
             after = jury.judge(answers(converted, jury.photos))
             give_back()
             helped = after.distance < before.distance
             if helped:
-                layers = _fitted(converted, original, names, torch.cat(singles))
+                layers = _fitted(converted, original, names, behind, torch.cat(singles))
     figures = f"distance {before.distance:.3g} to {after.distance:.3g}"
     agreement = None
     if before.agreement is not None and after.agreement is not None:
@@ -191,10 +192,11 @@ def _fittable(model: nn.Module, x: Tensor) -> list[str]:
     return [name for name in called if called.count(name) == 1]
 
 
-def _fitted(converted: nn.Module, original: nn.Module, names: list[str], x: Tensor) -> list[RefitLayer]:
+def _fitted(
+    converted: nn.Module, original: nn.Module, names: list[str], behind: dict[str, FusedGroupNorm], x: Tensor
+) -> list[RefitLayer]:
     """Fit the layers in place, one after the other."""
     layers: list[RefitLayer] = []
-    behind = norms_behind(converted, names, placed(x[:1], converted))
 
     def pass_original(stop: Callable[[Any], None]) -> None:
         with _hooked(original, names, lambda name, found: stop((name, found)), after=True):

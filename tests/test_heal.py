@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import gnswap
 from gnswap import ArgumentError, CalibrationError, FusedGroupNorm, HealingError, StoreError, _healer, _trial
+from gnswap._convert import taught
 from gnswap._couple import LEAST_PHOTOS
 from tests._models import ZOO, build, randomise_norms, same_state, small_cnn
 
@@ -446,3 +447,11 @@ def _copy(folder: Path, target: Path) -> None:
     target.mkdir()
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
+
+
+def test_healing_alone_says_so() -> None:
+    """What is asked of photos for refitting is not asked where nothing is refitted."""
+    original, _ = networks()
+    conversion = gnswap.convert(original, softness=0)
+    with pytest.raises(CalibrationError, match="too few photos to heal with"):
+        taught(conversion, original, [photos(5)], refitting=False, steps=4)
