@@ -78,15 +78,15 @@ class PhotoBatches:
         sources = pictures_in(Path(photos)) if isinstance(photos, str | Path) else list(photos)
         if not sources:
             raise CalibrationError("the list of photos is empty", where="PhotoBatches", expected="one or more")
-        if limit is not None and limit < len(sources):
-            sources = [sources[index * len(sources) // limit] for index in range(limit)]
+        count = len(sources) if limit is None else min(limit, len(sources))
+        spread = [index * len(sources) // count for index in range(count)]
         self.skipped: tuple[str, ...] = ()
         if skip_unreadable:
-            sources = self._readable(sources)
+            self._sources = self._readable(sources, spread)
         else:
-            for source in sources:  # only the headers: an early error is worth reading them twice
+            self._sources = [sources[index] for index in spread]
+            for source in self._sources:  # only the headers: an early error is worth reading them twice
                 check_header(source)
-        self._sources = sources
 
     @property
     def photos(self) -> int:
@@ -115,15 +115,19 @@ class PhotoBatches:
     def _tensor(self, source: str | Path | Image.Image) -> Tensor:
         return self._transform(picture(source, self._mode)).to(torch.float32)
 
-    def _readable(self, sources: list[str | Path | Image.Image]) -> list[str | Path | Image.Image]:
-        readable, skipped = [], []
-        for source in sources:
+    def _readable(self, sources: list[str | Path | Image.Image], spread: list[int]) -> list[str | Path | Image.Image]:
+        """Those of `spread`, and others in place of what cannot be read among them."""
+        readable: list[int] = []
+        skipped: list[str] = []
+        for index in (*spread, *sorted(set(range(len(sources))) - set(spread))):
+            if len(readable) == len(spread):
+                break
             try:
-                picture(source, self._mode)
+                picture(sources[index], self._mode)
             except CalibrationError as error:
                 skipped.append(f"{error.where}: {error.found}")
             else:
-                readable.append(source)
+                readable.append(index)
         if not readable:
             raise CalibrationError(
                 "none of the photos can be read",
@@ -131,7 +135,7 @@ class PhotoBatches:
                 fix="Give pictures that open in an image viewer.",
             )
         self.skipped = tuple(skipped)
-        return readable
+        return [sources[index] for index in sorted(readable)]
 
 
 def pictures_in(folder: Path) -> list[str | Path | Image.Image]:

@@ -151,6 +151,14 @@ def test_truncated_picture_is_named(folder: Path, suffix: str) -> None:
     assert f"e.{suffix}" in batches.skipped[0]
 
 
+def test_limit_counts_what_can_be_read(folder: Path) -> None:
+    all_photos = torch.cat(list(PhotoBatches(folder, PLAIN)))
+    (folder / "cat/c.webp").write_text("no picture")
+    limited = PhotoBatches(folder, PLAIN, limit=2, skip_unreadable=True)
+    assert torch.equal(only(limited), all_photos[[0, 1]])
+    assert len(limited.skipped) == 1
+
+
 def test_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(
