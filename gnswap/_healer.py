@@ -24,7 +24,7 @@ from gnswap._processes import Processes
 from gnswap._progress import counted
 from gnswap._schedule import SoftnessSchedule
 from gnswap._sites import checksum
-from gnswap._trial import Jury, answers, parted
+from gnswap._trial import Jury, Score, answers, parted
 from gnswap._views import views
 
 _FEATURES = 10.0  # weight of the features beside the answers
@@ -124,9 +124,7 @@ class Healer:
     def report(self) -> HealReport:
         """What came of it."""
         before, after = self.looks[0], next(look for look in self.looks if look.step == self.best_step)
-        figures = f"distance {before.distance:.3g} to {after.distance:.3g}"
-        if before.agreement is not None and after.agreement is not None:
-            figures += f", agreement {before.agreement:.3f} to {after.agreement:.3f}"
+        figures = Score(before.distance, before.agreement).change(Score(after.distance, after.agreement))
         judged = f"on {len(self.jury.photos)} photos held out, after {self.step} steps"
         verdict = f"healed: {figures} {judged}" if self.best_step else f"not healed: nothing was better {judged}"
         return HealReport(

@@ -140,16 +140,14 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
             helped = after.distance < before.distance
             if helped:
                 layers = _fitted(converted, original, names, behind, torch.cat(singles))
-    figures = f"distance {before.distance:.3g} to {after.distance:.3g}"
     agreement = None
     if before.agreement is not None and after.agreement is not None:
         agreement = (before.agreement, after.agreement)
-        figures += f", agreement {before.agreement:.3f} to {after.agreement:.3f}"
     changed = sum(layer.strength is not None for layer in layers)
     did = f"refitted {changed} layers:" if helped else "not refitted: it would take"
     return RefitReport(
         refitted=helped,
-        verdict=f"{did} {figures} on {len(jury.photos)} photos held out",
+        verdict=f"{did} {before.change(after)} on {len(jury.photos)} photos held out",
         photos=len(singles),
         held_out=len(jury.photos),
         distance=(before.distance, after.distance),

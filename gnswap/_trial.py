@@ -76,6 +76,13 @@ class Score:
     distance: float
     agreement: float | None
 
+    def change(self, after: Score) -> str:
+        """From this score to a later one, in words."""
+        words = f"distance {self.distance:.3g} to {after.distance:.3g}"
+        if self.agreement is None or after.agreement is None:
+            return words
+        return f"{words}, agreement {self.agreement:.3f} to {after.agreement:.3f}"
+
 
 class Jury:
     """Photos with the original network's answers to them, against which conversions are scored.
