@@ -19,7 +19,7 @@ import torch
 from _models import randomise_norms
 from torch import Tensor, nn
 
-from gnswap import _export, _trace
+from gnswap import _export, _onnx_graph, _trace
 from gnswap._apply import apply
 from gnswap._errors import ArgumentError, ExportError
 from gnswap._export import ExportReport, export_onnx
@@ -325,6 +325,19 @@ def test_weights_that_are_too_large_for_one_file(
         ["whole.onnx", *(Path(file).name for file in reports[0].files)]
     )
     np.testing.assert_array_equal(run(reports[0], x), run(whole, x))
+
+
+def test_checks_make_no_copies_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def check(model: Any, opset: int, path: Path) -> Any:
+        sizes.append(model.ByteSize())
+        return _onnx_graph.check(model, opset, path)
+
+    monkeypatch.setattr(write, "check", check)
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), FusedGroupNorm(8, 64)).eval()
+    report = export_onnx(net, tmp_path / "net.onnx", torch.randn(1, 64, 8, 8))
+    assert sizes[0] < 2e4 < 4 * 64 * 64 * 9 < report.size
 
 
 def test_the_file_says_where_it_comes_from(tmp_path: Path) -> None:

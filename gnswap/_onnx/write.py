@@ -35,22 +35,19 @@ def write(model: Any, path: Path, opset: int) -> tuple[Any, tuple[Path, ...]]:
 
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            draft, weights = Path(folder) / path.name, None
-            if _bytes(model) > MAX_BYTES:
-                ir.save(model, draft, external_data="weights", size_threshold_bytes=_INLINE_BYTES)
-                weights = Path(folder) / f"{path.stem}.{_hash(Path(folder) / 'weights')[:16]}.data"
-                (Path(folder) / "weights").replace(weights)
-                proto = onnx.load(draft, load_external_data=False)
-                _rename(proto, weights.name)
-                _save(draft, proto)
-            else:
-                proto = ir.to_proto(model)
-            proto = check(proto, opset, draft if weights is not None else None)
-            _save(draft, proto)
+            draft, weights = Path(folder) / path.name, Path(folder) / "weights"
+            # checked without its weights, of which the checks would make several copies
+            ir.save(model, draft, external_data=weights.name, size_threshold_bytes=_INLINE_BYTES)
+            proto = check(onnx.load(draft, load_external_data=False), opset, draft)
             files = [path]
-            if weights is not None:
-                files.append(path.with_name(weights.name))
-                weights.replace(files[1])
+            if _bytes(model) > MAX_BYTES:
+                files.append(path.with_name(f"{path.stem}.{_hash(weights)[:16]}.data"))
+                _rename(proto, files[1].name)
+            else:
+                onnx.load_external_data_for_model(proto, folder)
+            _save(draft, proto)
+            for file in files[1:]:
+                weights.replace(file)
             draft.replace(path)
     except OSError as error:
         raise ExportError("the file cannot be written", where=str(path), found=str(error)) from error
