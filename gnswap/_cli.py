@@ -298,6 +298,10 @@ def export(
     autotune: Annotated[
         bool, typer.Option("--autotune", help="Time every form of the norms on this machine and keep the fastest.")
     ] = False,
+    fixed_batch: Annotated[
+        int | None,
+        typer.Option("--fixed-batch", metavar="N", min=1, help="Only for batches of N, at the network's own size."),
+    ] = None,
     model: Rebuilt = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
@@ -314,10 +318,18 @@ def export(
     """
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     network = _cli_options.load(directory, model)
-    example = _cli_options.example(network, input_shape)
+    example = _cli_options.example(network, input_shape, fixed_batch or 2)
     with _cli_output.step(f"exporting to {output}"), _cli_output.warnings_as_notes():
-        kind = None if dtype is None else getattr(torch, dtypes[dtype])
-        report = gnswap.export_onnx(network, output, example, target=target, dtype=kind, autotune=autotune)
+        report = gnswap.export_onnx(
+            network,
+            output,
+            example,
+            target=target,
+            dtype=None if dtype is None else getattr(torch, dtypes[dtype]),
+            dynamic_batch=fixed_batch is None,
+            dynamic_size=fixed_batch is None,
+            autotune=autotune,
+        )
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -52,8 +51,7 @@ def bench(
         gnswap bench resnet50-gn.onnx resnet50-gn --batch 8 --other resnet50-gn-fp16.onnx --figure speed.png
     """
     network = _cli_options.load(directory, model)
-    example = _cli_options.example(network, input_shape)
-    inputs = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    inputs = _cli_options.example(network, input_shape, batch)
     with _cli_output.step(f"timing {file} on {provider}"), _cli_output.warnings_as_notes():  # noqa: SIM117
         with _cli_output.bar("measuring") as progress:
             benchmark = gnswap.benchmark_onnx(

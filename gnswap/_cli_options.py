@@ -85,8 +85,8 @@ def load(directory: Path, model: str | None) -> nn.Module:
     return network.eval()
 
 
-def example(network: nn.Module, shape: str | None) -> Tensor:
-    """Two random inputs of the shape that `--input` or the network itself names."""
+def example(network: nn.Module, shape: str | None, batch: int = 2) -> Tensor:
+    """Random inputs of the shape that `--input` or the network itself names."""
     if shape is not None:
         if not all(part.isdecimal() and int(part) for part in shape.split("x")):
             raise typer.BadParameter(f"{shape!r} is no shape such as 3x224x224", param_hint="--input")
@@ -96,4 +96,4 @@ def example(network: nn.Module, shape: str | None) -> Tensor:
         if "input_size" not in config:
             raise CalibrationError("it is not known what inputs this network takes", fix="Give --input, as 3x224x224.")
         size = tuple(config["input_size"])
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))

@@ -29,6 +29,10 @@ def validate(
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Use no more than N of the photos.")] = 16,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", metavar="N", min=1, help="Images in one run, for files that take only so many."),
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare every norm as well and name the first that departs.")
     ] = False,
@@ -56,11 +60,12 @@ def validate(
         gnswap validate resnet50-gn.onnx resnet50-gn --provider tensorrt --images photos/ --layers --json
     """
     network = _cli_options.load(directory, model)
-    inputs: Any = _cli_options.example(network, input_shape)
+    inputs: Any = _cli_options.example(network, input_shape, batch or 2)
     if images is not None:
-        photos = PhotoBatches(images, network, batch_size=min(16, limit), limit=limit, skip_unreadable=True)
+        photos = PhotoBatches(images, network, batch_size=batch or min(16, limit), limit=limit, skip_unreadable=True)
         _cli_output.skipped(photos.skipped)
-        inputs = list(photos)
+        # a last batch that is not full is nothing for a file of one batch size
+        inputs = [photo_batch for photo_batch in photos if batch is None or len(photo_batch) == batch]
     before = gnswap.revert(network) if original else None
     with _cli_output.step(f"running {file} on {provider}"), _cli_output.warnings_as_notes():
         parity = gnswap.validate_onnx(

@@ -297,7 +297,8 @@ def _translate(traced: _trace.Traced, input_names: list[str], output_names: list
         raise ExportError(
             "torch's exporter cannot write the network as ONNX",
             found=" ".join(str(error.__cause__ or error).split())[:400],
-            fix="An operator without an ONNX form has to be replaced in the model.",
+            fix="An operator without an ONNX form has to be replaced in the model; where the batch size enters an "
+            "operator's settings (CondConv: its groups), dynamic_batch=False (--fixed-batch N) helps.",
         ) from error
     assert program is not None  # it is None only for the old exporter
     return program.model

@@ -93,7 +93,8 @@ def _export(model: nn.Module, inputs: Sequence[Tensor], axes: list[dict[int, str
             "torch.export cannot trace the model",
             where=type(model).__name__,
             found=" ".join(str(error).split())[:400] or type(error).__name__,
-            fix="A batch size written into the model's forward is the usual reason: read it from the input instead.",
+            fix="A batch size written into the model's forward is the usual reason: read it from the input instead, or "
+            "export for one batch size, dynamic_batch=False (--fixed-batch N).",
         ) from error
 
 

@@ -600,6 +600,10 @@ def test_from_conversion_to_parity(run: Run, photos: Path) -> None:
     assert "2x3x16x16" in result.stdout
     assert "1 of 1 norms" in result.stdout
     assert "Every norm that was compared is within its bound" in result.stdout
+    result = run(*validate, "--images", str(photos), "--limit", "5", "--batch", "3", "--json")
+    assert {row["input_shapes"][0] for row in json.loads(result.stdout)["outputs"] if row["inputs"] == "given"} == {
+        "3x3x16x16"
+    }
     assert run(*validate, "--tolerance", "1e-12").exit_code == 4
 
     bench = ("bench", "out.onnx", "out", "--provider", "cpu", "--model", "nets:small", "--seconds", "0.1")
@@ -638,6 +642,19 @@ def test_export_for_a_target_in_half_precision(run: Run) -> None:
     result = run(*arguments, "--autotune")
     assert result.exit_code == 1
     assert "nothing to time for every runtime" in said(result)
+
+
+def test_export_for_one_batch_size(run: Run) -> None:
+    assert run("convert", "nets:small", "-o", "out").exit_code == 0
+    arguments = ("out", "--model", "nets:small")
+    result = run("export", *arguments, "-o", "o.onnx", "--fixed-batch", "3", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["dynamic_axes"] == []
+    assert report["inputs"][0]["shape"][0] == "3"
+    validated = run("validate", "o.onnx", *arguments, "--provider", "cpu", "--batch", "3")
+    assert validated.exit_code == 0, said(validated)
+    assert run("export", *arguments, "-o", "o.onnx", "--fixed-batch", "0").exit_code == 2
 
 
 def test_networks_that_do_not_say_what_they_take(run: Run) -> None:

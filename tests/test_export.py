@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from _models import AliasedNorms, randomise_norms, small_cnn
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from gnswap import _export
@@ -245,6 +246,27 @@ def test_the_report_describes_the_file(resnet: Case) -> None:
 
 def test_one_group_is_noted_for_tensorrt(variants: Case) -> None:
     assert any("1 layers have one group" in note and "TensorRT" in note for note in variants[1].notes)
+
+
+def test_a_network_that_wants_one_batch_size(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        """Mixes its weights for each sample, as EfficientNet-CC does: the batch size is its convolution's groups."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = CondConv2d(8, 8, 3, num_experts=2), FusedGroupNorm(2, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.norm(self.conv(x, x.mean((2, 3))[:, :2].sigmoid()))
+            return output
+
+    model, x = Experts().eval(), torch.randn(3, 8, 6, 6)
+    with pytest.raises(ExportError, match=r"cannot write the network.*dynamic_batch=False \(--fixed-batch N\) helps"):
+        export_onnx(model, tmp_path / "net.onnx", x, dynamic_size=False)
+    report = export_onnx(model, tmp_path / "net.onnx", x, dynamic_batch=False, dynamic_size=False)
+    assert report.inputs[0].shape == ("3", "8", "6", "6")
+    (found,) = open_session(report.path, "cpu").run(None, {report.inputs[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-5)
 
 
 # the model, the file and the console stay clean

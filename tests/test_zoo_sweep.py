@@ -157,8 +157,8 @@ def test_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
     row = export.examine("test_resnet", photos(), (64,))
     assert not row["failed"]
     assert 0 < row["error"] < 1e-5
-    assert row["size"] == [3, 64, 64]
-    written = SimpleNamespace(opset=18, notes=(), norms=())
+    assert (row["size"], row["axes"]) == ([3, 64, 64], ["batch"])
+    written = SimpleNamespace(opset=18, notes=(), norms=(), dynamic_axes=("batch",))
     monkeypatch.setattr(export.gnswap, "export_onnx", lambda *_, **__: written)
     monkeypatch.setattr(export.torch.onnx, "export", lambda *_, **__: None)
     monkeypatch.setattr(export, "onnxruntime_output", lambda _, x: [torch.zeros(len(x), 1000)])
