@@ -46,6 +46,33 @@ GNSWAP_INLINE void some_sums(const T* x, const T* dy, const T* r, T* dr, int64_t
   store_part(q + c, qv, count);
 }
 
+// The same for B vectors of channels, whose sums stay in registers.
+template <class T, ActClass A, bool Residual, int B>
+GNSWAP_INLINE void block_sums(const T* x, const T* dy, const T* r, T* dr, int64_t C, int64_t rows, int64_t c,
+                              const Coefficients<acc_t<T>>& k, acc_t<T>* s, acc_t<T>* q, Activation<acc_t<T>> how) {
+  using V = vec_t<T>;
+  constexpr int64_t W = kLanes<T>;
+  V sv[B], qv[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) sv[j] = qv[j] = V{};
+  for (int64_t row = 0; row < rows; ++row) {
+    GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+      const int64_t channel = c + j * W, at = row * C + channel;
+      const V d = load(x + at) - load(k.shift + channel);
+      V z = d * load(k.slope + channel) + load(k.offset + channel);
+      if (Residual && r) z += load(r + at);
+      const V g = activate_backward<A>(how, z, load(dy + at));
+      if (Residual && dr) store(dr + at, g);
+      sv[j] += g;
+      qv[j] += g * d;
+    }
+  }
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+    const int64_t channel = c + j * W;
+    store(s + channel, load(s + channel) + sv[j]);
+    store(q + channel, load(q + channel) + qv[j]);
+  }
+}
+
 template <class T, ActClass A, bool Residual, int Rows>
 GNSWAP_INLINE void some_gradient(const T* x, const T* dy, const T* r, T* dx, int64_t C, const Coefficients<acc_t<T>>& k,
                                    Activation<acc_t<T>> how) {
@@ -87,6 +114,17 @@ GNSWAP_NOINLINE void rows_sums(const Problem& p, const T* x, const T* dy, const 
   const Activation<acc_t<T>> how(p.act);
   const int64_t C = p.C;
   int64_t row = 0;
+  for (; A != kAny && sums_in_registers<T>(p) && row < rows; row += kBlockRows) {
+    const int64_t first = row * C, some = min(kBlockRows, rows - row);
+    const T *x0 = x + first, *dy0 = dy + first, *r0 = offset(r, first);
+    T* dr0 = offset(dr, first);
+    const int64_t c = for_each_block<T>(C, [&](int64_t channel, auto vectors) {
+      block_sums<T, A, Residual, decltype(vectors)::value>(x0, dy0, r0, dr0, C, some, channel, k, s, q, how);
+    });
+    const Coefficients<acc_t<T>> rest(k, c);
+    for (int64_t at = c; c < C && at < some * C; at += C)
+      some_sums<T, A, Residual, 1>(x0 + at, dy0 + at, offset(r0, at), offset(dr0, at), C - c, rest, s + c, q + c, how);
+  }
   if constexpr (U > 1) {
     for (; side_by_side<T>(p) && row + U <= rows; row += U) {
       const int64_t at = row * C;
@@ -175,7 +213,7 @@ template <class T> void backward_channels_last(const Problem& p, RowSteps<T> ste
       start(n, m);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_sums(n, chunk, m);
       finish_gradient<R>(p, n, m.sums, stride, chunks, partial + 2 * n * C, m.coefficients);
-      for (int64_t chunk = chunks; chunk-- > 0;) chunk_apply(n, chunk, m);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_apply(n, chunk, m);
     });
   } else {
     char* memory = reinterpret_cast<char*>(partial + p.N * 2 * C);

@@ -97,7 +97,7 @@ GNSWAP_NOINLINE void piece_gradient(const Problem& p, const T* x, const T* dy, c
   using V = vec_t<T>;
   constexpr int64_t W = kLanes<T>;
   const Activation<acc_t<T>> how(p.act);
-  for (int64_t row = piece.last_row; row-- > piece.first_row;) {
+  for (int64_t row = piece.first_row; row < piece.last_row; ++row) {
     const int64_t c = channel_index(p, position + row), start = c * p.S, end = start + p.S;
     const V shift = splat<V>(k.shift[c]), slope = splat<V>(k.slope[c]), offset_ = splat<V>(k.offset[c]);
     const V along = splat<V>(k.along[c]), across = splat<V>(k.across[c]);
@@ -170,7 +170,7 @@ template <class T> void backward_contiguous(const Problem& p, PieceSteps<T> step
       set_group(p, g, mean[group], rstd[group], k);
       for (int64_t i = 0; i < cut.pieces; ++i) sums(n, g, i, k);
       finish(n, g, k);
-      for (int64_t i = cut.pieces; i-- > 0;) apply(n, g, i, k);
+      for (int64_t i = 0; i < cut.pieces; ++i) apply(n, g, i, k);
     });
   } else {
     R* memory = reinterpret_cast<R*>(partial + p.N * 2 * C);

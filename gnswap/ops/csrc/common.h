@@ -5,6 +5,7 @@
 // alone, in any batch and with any number of threads; threads only decide who computes a piece.
 #pragma once
 #include <cstdlib>
+#include <type_traits>
 
 #include "act.h"
 
@@ -81,6 +82,10 @@ template <class R> struct Coefficients {
   Coefficients(R* p, int64_t stride)
       : shift(p), slope(p + stride), offset(p + 2 * stride), inner(p + 3 * stride), inner_bias(p + 4 * stride),
         along(p + 5 * stride), across(p + 6 * stride) {}
+  // those of the channels from c on
+  Coefficients(const Coefficients& k, int64_t c)
+      : shift(k.shift + c), slope(k.slope + c), offset(k.offset + c), inner(k.inner + c), inner_bias(k.inner_bias + c),
+        along(k.along + c), across(k.across + c) {}
 };
 
 GNSWAP_INLINE int64_t padded(int64_t count) { return ceil_div(count, 16) * 16 + 32; }
@@ -152,6 +157,31 @@ GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { ret
 template <class T> GNSWAP_INLINE bool side_by_side(const Problem& p) {
   const int64_t row = p.C * static_cast<int64_t>(sizeof(T));
   return row > 2048 || (p.y && row * p.S <= 262144);
+}
+
+// Whether sums down the rows of an [S, C] sample stay in registers, some channels after the others. A block of them is as
+// wide as registers go: 512 bytes of a row with AVX-512. Where it is short, and the rows are not, memory is read in bits
+// and pieces, and sums in the cache are faster.
+constexpr int kBlockVectors = kBytes == 64 ? 8 : 4;
+constexpr int64_t kBlockRows = 32;  // by themselves: less is lost in adding to a small sum
+template <class T> GNSWAP_INLINE bool sums_in_registers(const Problem& p) {
+  return p.C <= (kBytes == 64 ? 512 : kBlockVectors * kLanes<T>);
+}
+
+// Calls f(c, vectors) for each block of channels, `vectors` an integral_constant; what is left is less than a vector.
+template <class T, class F> GNSWAP_INLINE int64_t for_each_block(int64_t C, const F& f) {
+  constexpr int64_t W = kLanes<T>;
+  int64_t c = 0;
+  for (; c + kBlockVectors * W <= C; c += kBlockVectors * W) f(c, std::integral_constant<int, kBlockVectors>());
+  const auto rest = [&](auto vectors) {
+    if (vectors >= kBlockVectors || c + vectors * W > C) return;
+    f(c, vectors);
+    c += vectors * W;
+  };
+  rest(std::integral_constant<int, 4>());
+  rest(std::integral_constant<int, 2>());
+  rest(std::integral_constant<int, 1>());
+  return c;
 }
 
 // Rows of an [S, C] sample that one thread sums at a time in fp32: at most some 32 000 elements.

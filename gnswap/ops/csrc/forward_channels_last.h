@@ -48,6 +48,44 @@ GNSWAP_NOINLINE void add_rows(const T* x, int64_t C, const acc_t<T>* k, acc_t<T>
   }
 }
 
+// The same for B vectors of channels, whose sums stay in registers.
+template <class T, int B>
+GNSWAP_INLINE void add_block(const T* x, int64_t C, int64_t rows, const acc_t<T>* k, acc_t<T>* s, acc_t<T>* q) {
+  using V = vec_t<T>;
+  constexpr int64_t W = kLanes<T>;
+  V kv[B], sv[B], qv[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) kv[j] = load(k + j * W), sv[j] = qv[j] = V{};
+  for (int64_t row = 0; row < rows; ++row) {
+    GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+      const V d = load(x + row * C + j * W) - kv[j];
+      sv[j] += d;
+      qv[j] += d * d;
+    }
+  }
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+    store(s + j * W, load(s + j * W) + sv[j]);
+    store(q + j * W, load(q + j * W) + qv[j]);
+  }
+}
+
+template <class T>
+GNSWAP_NOINLINE void add_blocks(const T* x, int64_t C, int64_t rows, const acc_t<T>* k, acc_t<T>* s, acc_t<T>* q) {
+  const int64_t c = for_each_block<T>(C, [&](int64_t at, auto vectors) {
+    add_block<T, decltype(vectors)::value>(x + at, C, rows, k + at, s + at, q + at);
+  });
+  if (c == C) return;
+  const int64_t count = C - c;
+  const vec_t<T> kv = load_part(k + c, count, vec_t<T>{});
+  vec_t<T> sv = {}, qv = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const vec_t<T> d = load_part(x + row * C + c, count, kv) - kv;
+    sv += d;
+    qv += d * d;
+  }
+  store_part(s + c, load_part(s + c, count, vec_t<T>{}) + sv, count);
+  store_part(q + c, load_part(q + c, count, vec_t<T>{}) + qv, count);
+}
+
 template <class T, ActClass A, bool Residual, int Rows>
 GNSWAP_INLINE void apply_some(const T* x, const T* r, T* y, int64_t C, const Coefficients<acc_t<T>>& k,
                               Activation<acc_t<T>> how) {
@@ -176,6 +214,8 @@ template <class T> void forward_channels_last(const Problem& p, ApplyRows<T> app
     for (int64_t c = 0; c < 2 * stride; ++c) s[c] = 0;
     const int64_t last = min(S, (chunk + 1) * rows);
     int64_t row = chunk * rows;
+    for (; sums_in_registers<T>(p) && row < last; row += kBlockRows)
+      add_blocks<T>(x + (n * S + row) * C, C, min(kBlockRows, last - row), m.k, s, q);
     for (; side_by_side<T>(p) && row + 8 <= last; row += 8) add_rows<T, 8>(x + (n * S + row) * C, C, m.k, s, q);
     for (; row < last; ++row) add_rows<T, 1>(x + (n * S + row) * C, C, m.k, s, q);
   };
@@ -193,7 +233,7 @@ template <class T> void forward_channels_last(const Problem& p, ApplyRows<T> app
       find_shift(n, m.k);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_sums(n, chunk, m);
       finish(n, m);
-      for (int64_t chunk = chunks; chunk-- > 0;) chunk_apply(n, chunk, m);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) chunk_apply(n, chunk, m);
     });
     return;
   }
