@@ -57,6 +57,8 @@ GNSWAP_INLINE void block_sums(const T* x, const T* dy, const T* r, T* dr, int64_
   for (int64_t row = 0; row < rows; ++row) {
     GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
       const int64_t channel = c + j * W, at = row * C + channel;
+      fetch_to_read(x + at);
+      fetch_to_read(dy + at);
       const V d = load(x + at) - load(k.shift + channel);
       V z = d * load(k.slope + channel) + load(k.offset + channel);
       if (Residual && r) z += load(r + at);
@@ -90,7 +92,10 @@ GNSWAP_INLINE void some_gradient(const T* x, const T* dy, const T* r, T* dx, int
       const V g = activate_backward<A>(how, z, load(dy + row * C + c));
       result[row] = g * slope - (d * along + across);
     }
-    GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) store(dx + row * C + c, result[row]);
+    GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) {
+      fetch_to_write(dx + row * C + c);
+      store(dx + row * C + c, result[row]);
+    }
   }
   if (c == C) return;
   const int64_t count = C - c;

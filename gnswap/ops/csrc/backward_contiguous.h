@@ -20,6 +20,8 @@ template <class T, ActClass A, bool Residual> struct RowSums {
     shift = splat<V>(k.shift[c]), slope = splat<V>(k.slope[c]), offset = splat<V>(k.offset[c]);
   }
   GNSWAP_INLINE void whole(int j, const T* x, const T* dy, const T* r, T* dr, int64_t at) {
+    fetch_to_read(x + at);
+    fetch_to_read(dy + at);
     const V d = load(x + at) - shift;
     V z = d * slope + offset;
     if (Residual && r) z += load(r + at);
@@ -107,6 +109,7 @@ GNSWAP_NOINLINE void piece_gradient(const Problem& p, const T* x, const T* dy, c
       return g * slope - (d * along + across);
     };
     const auto whole = [&](int64_t i) {
+      fetch_to_write(dx + i);
       const V xv = load(x + i), dyv = load(dy + i);
       return Residual && r ? step(xv, dyv, load(r + i)) : step(xv, dyv, V{});
     };

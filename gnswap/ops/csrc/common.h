@@ -133,6 +133,17 @@ struct Cut {
   }
 };
 
+// Asks for the memory that a loop at `p` will come to in a while. The hardware does so by itself where memory is read as
+// one stream; here there are two to four, one of them written. A third of the time; a few pages ahead, since the other
+// processors of a machine make memory slow. What lies behind the end of a tensor is asked for in vain, and harmless.
+constexpr uintptr_t kAhead = 8192;
+template <class T> GNSWAP_INLINE void fetch_to_read(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead));
+}
+template <class T> GNSWAP_INLINE void fetch_to_write(T* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead), 1);
+}
+
 struct Moments { double mean, m2; };  // m2: sum of squared deviations from the mean
 
 // From sums of d and d * d over n elements, d relative to `reference`.

@@ -57,6 +57,7 @@ GNSWAP_INLINE void add_block(const T* x, int64_t C, int64_t rows, const acc_t<T>
   GNSWAP_UNROLL for (int j = 0; j < B; ++j) kv[j] = load(k + j * W), sv[j] = qv[j] = V{};
   for (int64_t row = 0; row < rows; ++row) {
     GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+      fetch_to_read(x + row * C + j * W);
       const V d = load(x + row * C + j * W) - kv[j];
       sv[j] += d;
       qv[j] += d * d;
@@ -98,7 +99,10 @@ GNSWAP_INLINE void apply_some(const T* x, const T* r, T* y, int64_t C, const Coe
     GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) z[row] = (load(x + row * C + c) - shift) * slope + offset;
     if (Residual && r)
       GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) z[row] += load(r + row * C + c);
-    GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) store(y + row * C + c, activate<A>(how, z[row]));
+    GNSWAP_UNROLL for (int row = 0; row < Rows; ++row) {
+      fetch_to_write(y + row * C + c);
+      store(y + row * C + c, activate<A>(how, z[row]));
+    }
   }
   if (c < C) {
     const int64_t count = C - c;

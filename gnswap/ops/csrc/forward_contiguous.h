@@ -51,16 +51,20 @@ GNSWAP_NOINLINE Sums piece_sums(const Problem& p, const T* x, int64_t position, 
     const T* at = x + c * p.S;
     const V shift = splat<V>(k.shift[c]), inner = splat<V>(k.inner[c]), bias = splat<V>(k.inner_bias[c]);
     const auto standardise = [&](V v) { return Flat ? v - shift : (v - shift) * inner + bias; };
-    const auto add = [&](int j, V d) {
+    const auto add_vector = [&](int j, V d) {
       s[j] += d;
       q[j] += d * d;
     };
+    const auto add = [&](int j, int64_t i) {
+      fetch_to_read(at + i);
+      add_vector(j, standardise(load(at + i)));
+    };
     int64_t i = piece.begin;
     for (; i + 4 * W <= piece.end; i += 4 * W)
-      GNSWAP_UNROLL for (int j = 0; j < 4; ++j) add(j, standardise(load(at + i + j * W)));
-    for (; i + W <= piece.end; i += W) add(0, standardise(load(at + i)));
+      GNSWAP_UNROLL for (int j = 0; j < 4; ++j) add(j, i + j * W);
+    for (; i + W <= piece.end; i += W) add(0, i);
     const int64_t count = piece.end - i;
-    if (count) add(1, first_lanes<T>(count, standardise(load_part(at + i, count, zero))));
+    if (count) add_vector(1, first_lanes<T>(count, standardise(load_part(at + i, count, zero))));
   }
   return {sum((s[0] + s[1]) + (s[2] + s[3])), sum((q[0] + q[1]) + (q[2] + q[3]))};
 }
@@ -77,6 +81,7 @@ GNSWAP_NOINLINE void apply_piece(const Problem& p, const T* x, const T* r, T* y,
     const int64_t c = channel_index(p, position + row), at = c * p.S;
     const V shift = splat<V>(k.shift[c]), slope = splat<V>(k.slope[c]), offset_ = splat<V>(k.offset[c]);
     const auto step = [&](int64_t i) {
+      fetch_to_write(y + at + i);
       V z = (load(x + at + i) - shift) * slope + offset_;
       if (Residual && r) z += load(r + at + i);
       return activate<A>(how, z);
