@@ -195,9 +195,11 @@ template <class T, class F> GNSWAP_INLINE int64_t for_each_block(int64_t C, cons
   return c;
 }
 
-// Rows of an [S, C] sample that one thread sums at a time in fp32: at most some 32 000 elements.
+// Rows of an [S, C] sample that one thread sums at a time in fp32: at most some 32 000 elements, and so that the chunks
+// of a sample are alike and of an even number.
 GNSWAP_INLINE int64_t rows_per_chunk(const Problem& p) {
-  return max(16, min(128, 32768 / p.C / 8 * 8));
+  const int64_t most = max(16, min(128, 32768 / p.C / 8 * 8));
+  return p.S > most ? ceil_div(p.S, ceil_div(p.S, 2 * most) * 2) : p.S;
 }
 
 }  // namespace
