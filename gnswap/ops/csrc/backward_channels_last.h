@@ -46,21 +46,27 @@ GNSWAP_INLINE void some_sums(const T* x, const T* dy, const T* r, T* dr, int64_t
   store_part(q + c, qv, count);
 }
 
-// The same for B vectors of channels, whose sums stay in registers.
+constexpr int kBackwardVectors = 4;
+
+// The same for B vectors of channels, whose coefficients and sums stay in registers.
 template <class T, ActClass A, bool Residual, int B>
 GNSWAP_INLINE void block_sums(const T* x, const T* dy, const T* r, T* dr, int64_t C, int64_t rows, int64_t c,
                               const Coefficients<acc_t<T>>& k, acc_t<T>* s, acc_t<T>* q, Activation<acc_t<T>> how) {
   using V = vec_t<T>;
   constexpr int64_t W = kLanes<T>;
-  V sv[B], qv[B];
-  GNSWAP_UNROLL for (int j = 0; j < B; ++j) sv[j] = qv[j] = V{};
+  V sv[B], qv[B], shift[B], slope[B], offset[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+    const int64_t channel = c + j * W;
+    shift[j] = load(k.shift + channel), slope[j] = load(k.slope + channel), offset[j] = load(k.offset + channel);
+    sv[j] = qv[j] = V{};
+  }
   for (int64_t row = 0; row < rows; ++row) {
     GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
-      const int64_t channel = c + j * W, at = row * C + channel;
+      const int64_t at = row * C + c + j * W;
       fetch_to_read(x + at);
       fetch_to_read(dy + at);
-      const V d = load(x + at) - load(k.shift + channel);
-      V z = d * load(k.slope + channel) + load(k.offset + channel);
+      const V d = load(x + at) - shift[j];
+      V z = d * slope[j] + offset[j];
       if (Residual && r) z += load(r + at);
       const V g = activate_backward<A>(how, z, load(dy + at));
       if (Residual && dr) store(dr + at, g);
@@ -111,6 +117,31 @@ GNSWAP_INLINE void some_gradient(const T* x, const T* dy, const T* r, T* dx, int
   }
 }
 
+// The same for B vectors of channels, whose coefficients stay in registers.
+template <class T, ActClass A, bool Residual, int B>
+GNSWAP_INLINE void block_gradient(const T* x, const T* dy, const T* r, T* dx, int64_t C, int64_t rows, int64_t c,
+                                  const Coefficients<acc_t<T>>& k, Activation<acc_t<T>> how) {
+  using V = vec_t<T>;
+  constexpr int64_t W = kLanes<T>;
+  V shift[B], slope[B], offset[B], along[B], across[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+    const int64_t channel = c + j * W;
+    shift[j] = load(k.shift + channel), slope[j] = load(k.slope + channel), offset[j] = load(k.offset + channel);
+    along[j] = load(k.along + channel), across[j] = load(k.across + channel);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+      const int64_t at = row * C + c + j * W;
+      fetch_to_write(dx + at);
+      const V d = load(x + at) - shift[j];
+      V z = d * slope[j] + offset[j];
+      if (Residual && r) z += load(r + at);
+      const V g = activate_backward<A>(how, z, load(dy + at));
+      store(dx + at, g * slope[j] - (d * along[j] + across[j]));
+    }
+  }
+}
+
 // Both for consecutive rows of a sample.
 template <class T, ActClass A, bool Residual>
 GNSWAP_NOINLINE void rows_sums(const Problem& p, const T* x, const T* dy, const T* r, T* dr, int64_t rows,
@@ -119,11 +150,11 @@ GNSWAP_NOINLINE void rows_sums(const Problem& p, const T* x, const T* dy, const 
   const Activation<acc_t<T>> how(p.act);
   const int64_t C = p.C;
   int64_t row = 0;
-  for (; A != kAny && sums_in_registers<T>(p) && row < rows; row += kBlockRows) {
+  for (; A != kAny && in_blocks<T, 2 * kBackwardVectors>(p) && row < rows; row += kBlockRows) {
     const int64_t first = row * C, some = min(kBlockRows, rows - row);
     const T *x0 = x + first, *dy0 = dy + first, *r0 = offset(r, first);
     T* dr0 = offset(dr, first);
-    const int64_t c = for_each_block<T>(C, [&](int64_t channel, auto vectors) {
+    const int64_t c = for_each_block<T, kBackwardVectors>(C, [&](int64_t channel, auto vectors) {
       block_sums<T, A, Residual, decltype(vectors)::value>(x0, dy0, r0, dr0, C, some, channel, k, s, q, how);
     });
     const Coefficients<acc_t<T>> rest(k, c);
@@ -149,6 +180,17 @@ GNSWAP_NOINLINE void rows_gradient(const Problem& p, const T* x, const T* dy, co
   const Activation<acc_t<T>> how(p.act);
   const int64_t C = p.C;
   int64_t row = 0;
+  for (; A != kAny && in_blocks<T, kBackwardVectors>(p) && row < rows; row += kBlockRows) {
+    const int64_t first = row * C, some = min(kBlockRows, rows - row);
+    const T *x0 = x + first, *dy0 = dy + first, *r0 = offset(r, first);
+    T* dx0 = dx + first;
+    const int64_t c = for_each_block<T, kBackwardVectors>(C, [&](int64_t channel, auto vectors) {
+      block_gradient<T, A, Residual, decltype(vectors)::value>(x0, dy0, r0, dx0, C, some, channel, k, how);
+    });
+    const Coefficients<acc_t<T>> rest(k, c);
+    for (int64_t at = c; c < C && at < some * C; at += C)
+      some_gradient<T, A, Residual, 1>(x0 + at, dy0 + at, offset(r0, at), dx0 + at, C - c, rest, how);
+  }
   if constexpr (U > 1)
     for (; side_by_side<T>(p) && row + U <= rows; row += U)
       some_gradient<T, A, Residual, U>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);

@@ -170,22 +170,21 @@ template <class T> GNSWAP_INLINE bool side_by_side(const Problem& p) {
   return row > 2048 || (p.y && row * p.S <= 262144);
 }
 
-// Whether sums down the rows of an [S, C] sample stay in registers, some channels after the others. A block of them is as
-// wide as registers go: 512 bytes of a row with AVX-512. Where it is short, and the rows are not, memory is read in bits
-// and pieces, and sums in the cache are faster.
-constexpr int kBlockVectors = kBytes == 64 ? 8 : 4;
-constexpr int64_t kBlockRows = 32;  // by themselves: less is lost in adding to a small sum
-template <class T> GNSWAP_INLINE bool sums_in_registers(const Problem& p) {
-  return p.C <= (kBytes == 64 ? 512 : kBlockVectors * kLanes<T>);
+// Whether the rows of an [S, C] sample are worked on in blocks of channels whose sums and coefficients stay in registers.
+// A block of B vectors is as wide as registers go; where that is a small part of a row, memory is read in bits and pieces,
+// and sums in the cache are faster.
+template <class T, int B> GNSWAP_INLINE bool in_blocks(const Problem& p) {
+  return p.C <= (kBytes == 64 ? 4 : 1) * B * kLanes<T>;
 }
+constexpr int64_t kBlockRows = 32;  // summed by themselves: less is lost in adding to a small sum
 
 // Calls f(c, vectors) for each block of channels, `vectors` an integral_constant; what is left is less than a vector.
-template <class T, class F> GNSWAP_INLINE int64_t for_each_block(int64_t C, const F& f) {
+template <class T, int B, class F> GNSWAP_INLINE int64_t for_each_block(int64_t C, const F& f) {
   constexpr int64_t W = kLanes<T>;
   int64_t c = 0;
-  for (; c + kBlockVectors * W <= C; c += kBlockVectors * W) f(c, std::integral_constant<int, kBlockVectors>());
+  for (; c + B * W <= C; c += B * W) f(c, std::integral_constant<int, B>());
   const auto rest = [&](auto vectors) {
-    if (vectors >= kBlockVectors || c + vectors * W > C) return;
+    if (vectors >= B || c + vectors * W > C) return;
     f(c, vectors);
     c += vectors * W;
   };

@@ -48,6 +48,8 @@ GNSWAP_NOINLINE void add_rows(const T* x, int64_t C, const acc_t<T>* k, acc_t<T>
   }
 }
 
+constexpr int kSumVectors = kBytes == 64 ? 8 : 4;
+
 // The same for B vectors of channels, whose sums stay in registers.
 template <class T, int B>
 GNSWAP_INLINE void add_block(const T* x, int64_t C, int64_t rows, const acc_t<T>* k, acc_t<T>* s, acc_t<T>* q) {
@@ -70,8 +72,8 @@ GNSWAP_INLINE void add_block(const T* x, int64_t C, int64_t rows, const acc_t<T>
 }
 
 template <class T>
-GNSWAP_NOINLINE void add_blocks(const T* x, int64_t C, int64_t rows, const acc_t<T>* k, acc_t<T>* s, acc_t<T>* q) {
-  const int64_t c = for_each_block<T>(C, [&](int64_t at, auto vectors) {
+GNSWAP_NOINLINE void add_in_blocks(const T* x, int64_t C, int64_t rows, const acc_t<T>* k, acc_t<T>* s, acc_t<T>* q) {
+  const int64_t c = for_each_block<T, kSumVectors>(C, [&](int64_t at, auto vectors) {
     add_block<T, decltype(vectors)::value>(x + at, C, rows, k + at, s + at, q + at);
   });
   if (c == C) return;
@@ -218,8 +220,8 @@ template <class T> void forward_channels_last(const Problem& p, ApplyRows<T> app
     for (int64_t c = 0; c < 2 * stride; ++c) s[c] = 0;
     const int64_t last = min(S, (chunk + 1) * rows);
     int64_t row = chunk * rows;
-    for (; sums_in_registers<T>(p) && row < last; row += kBlockRows)
-      add_blocks<T>(x + (n * S + row) * C, C, min(kBlockRows, last - row), m.k, s, q);
+    for (; in_blocks<T, kSumVectors>(p) && row < last; row += kBlockRows)
+      add_in_blocks<T>(x + (n * S + row) * C, C, min(kBlockRows, last - row), m.k, s, q);
     for (; side_by_side<T>(p) && row + 8 <= last; row += 8) add_rows<T, 8>(x + (n * S + row) * C, C, m.k, s, q);
     for (; row < last; ++row) add_rows<T, 1>(x + (n * S + row) * C, C, m.k, s, q);
   };
