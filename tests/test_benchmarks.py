@@ -191,9 +191,19 @@ def test_turns_that_waited_for_a_processor_are_left_out(monkeypatch: pytest.Monk
     reads: list[int] = []
     monkeypatch.setattr(turns, "waited", waited)
     quiet = turns.take_turns({"a": lambda: calls.append(1)}, (4, 4), 0.0, 2)
-    assert (quiet.quiet, len(quiet.times["a"]), len(calls)) == (4, 4, 2 + 6)
+    assert (quiet.quiet, len(quiet.times["a"]), len(calls)) == (4, 4, 2 + 2 * 6)
     loud = turns.take_turns({"a": lambda: calls.append(1)}, (4, 4), 0.0, 2)
     assert (loud.quiet, len(loud.times["a"])) == (0, 8)
+
+
+def test_the_order_of_a_turn_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = script("_turns", monkeypatch)
+    said: list[str] = []
+    turns.take_turns({name: lambda name=name: said.append(name) for name in "abc"}, (8, 8), 0.0)
+    orders = {tuple(said[at : at + 6]) for at in range(6, len(said), 6)}
+    assert len(orders) > 1
+    # each once before its time is taken
+    assert all(order[::2] == order[1::2] and len(set(order)) == 3 for order in orders)
 
 
 def test_waits_are_read_where_linux_tells(monkeypatch: pytest.MonkeyPatch) -> None:

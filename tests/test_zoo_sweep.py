@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +53,52 @@ def test_what_kills_a_network_is_its_row(zoo: Any) -> None:
     assert row(dies, 100)["failed"]["limits"] == "the process died with exit code 3"
     assert row(hangs, 0.2)["failed"]["limits"] == "not finished after 0.2 s"
     assert "memory" in row(wants_memory, 100)["failed"]["all"]
+
+
+def breaks(_name: str, _photos: Path) -> dict[str, Any]:
+    raise RuntimeError("broken")
+
+
+def test_a_traceback_does_not_name_this_machine(zoo: Any) -> None:
+    error = zoo.isolated(breaks, "net", Path("photos.pt"), 100, 3)["failed"]["all"]
+    assert 'File "examples/benchmarks/zoo.py"' in error
+    assert "RuntimeError: broken" in error
+    assert str(BENCHMARKS.parents[1]) not in error
+
+
+KILLED = """
+import signal, sys, threading, time
+from pathlib import Path
+sys.path[:0] = [{benchmarks!r}, {root!r}]
+import zoo
+from tests.test_zoo_sweep import hangs
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, zoo.stop)
+    threading.Thread(target=zoo.isolated, args=(hangs, "net", Path("photos.pt"), 600, 3)).start()
+    while not zoo.multiprocessing.active_children():
+        time.sleep(0.05)
+    print(zoo.multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_sweep_that_is_ended_takes_its_processes_with_it(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(benchmarks=str(BENCHMARKS), root=str(BENCHMARKS.parents[1])))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as sweep:
+        assert sweep.stdout is not None
+        child = int(sweep.stdout.readline())
+        os.kill(child, 0)  # it lives
+        sweep.terminate()
+        assert sweep.wait(30) == 128 + signal.SIGTERM
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} is still there")
 
 
 SIZES = (("a", "one", 1), ("b", "one", 2), ("c", "two", 3), ("d", "one", 4), ("e", "two", 5))

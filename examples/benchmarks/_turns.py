@@ -1,7 +1,7 @@
 """Calls that take turns on the clock, so that what else the machine does hits all of them alike.
 
-In a fixed order each would find the caches as the one before it leaves them: after a copy of other tensors, say, or with
-its own input just read. So the order is drawn anew for each turn, and a call runs once before its time is taken.
+In a fixed order each would find the caches as the one before it leaves them: after a copy of other tensors, say, or
+with its own input just read. So the order is drawn anew for each turn, and a call runs once before its time is taken.
 """
 
 from __future__ import annotations

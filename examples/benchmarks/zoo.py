@@ -19,11 +19,14 @@ import concurrent.futures
 import multiprocessing
 import os
 import resource
+import signal
+import sysconfig
 import tempfile
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import _zoo_cases
@@ -50,6 +53,9 @@ KINDS = ("values", "meta", "export")
 STATES = ("passed", "failed", "original fails", "not run")
 
 Work = Callable[[str, Path], Row]
+
+PLACES = (Path(__file__).parents[2], sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+"""Folders of this machine, which are nobody's business in a traceback."""
 
 
 def values(name: str, photos: Path) -> Row:
@@ -98,7 +104,24 @@ def _in_process(sender: Any, work: Work, name: str, photos: Path, gibibytes: flo
     except Exception:  # a row for it: one architecture must not end the sweep over all of them
         row = {"failed": {"all": traceback.format_exc()}}
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    sender.send(row)
+    sender.send(without_places(row))
+
+
+def without_places(row: Any) -> Any:
+    """The same row, its texts without this machine's folders."""
+    if isinstance(row, dict):
+        return {key: without_places(value) for key, value in row.items()}
+    if isinstance(row, str):
+        for place in PLACES:
+            row = row.replace(f"{place}{os.sep}", "")
+    return row
+
+
+def stop(number: int, _frame: FrameType | None) -> None:
+    """End at once, with the processes of the rows in progress: they may hold gigabytes and go on for minutes."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(128 + number)
 
 
 def census() -> dict[str, Row]:
@@ -280,6 +303,8 @@ def main() -> None:
 
 def sweep(store: Rows, names: list[str], arguments: argparse.Namespace) -> None:
     """A row for each of the names, as they come."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     work = {"zoo_meta": meta, "zoo_export": export}.get(store.path.name.partition(".")[0], values)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         photos = Path(folder) / "photos.pt"
