@@ -162,7 +162,7 @@ GNSWAP_NOINLINE void rows_sums(const Problem& p, const T* x, const T* dy, const 
       some_sums<T, A, Residual, 1>(x0 + at, dy0 + at, offset(r0, at), offset(dr0, at), C - c, rest, s + c, q + c, how);
   }
   if constexpr (U > 1) {
-    for (; side_by_side<T>(p) && row + U <= rows; row += U) {
+    for (; row + U <= rows; row += U) {
       const int64_t at = row * C;
       some_sums<T, A, Residual, U>(x + at, dy + at, offset(r, at), offset(dr, at), C, k, s, q, how);
     }
@@ -192,7 +192,7 @@ GNSWAP_NOINLINE void rows_gradient(const Problem& p, const T* x, const T* dy, co
       some_gradient<T, A, Residual, 1>(x0 + at, dy0 + at, offset(r0, at), dx0 + at, C - c, rest, how);
   }
   if constexpr (U > 1)
-    for (; side_by_side<T>(p) && row + U <= rows; row += U)
+    for (; row + U <= rows; row += U)
       some_gradient<T, A, Residual, U>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);
   for (; row < rows; ++row)
     some_gradient<T, A, Residual, 1>(x + row * C, dy + row * C, offset(r, row * C), dx + row * C, C, k, how);

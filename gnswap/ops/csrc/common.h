@@ -162,12 +162,11 @@ template <class R> inline void add_to(double* target, const R* source, int64_t c
 
 GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { return 1 / __builtin_sqrt(m2 / n + eps); }
 
-// Whether rows of an [S, C] sample are worked on side by side. Short ones go one after another: memory is then read as
-// one stream, which the hardware fetches ahead, and 4 or 8 short streams are not (a fifth of the time of 256 channels).
-// Not in the forward of a small sample: what was just written is in the cache.
+// Whether the forward works on rows of an [S, C] sample side by side, so that coefficients and sums are read once for some.
+// With AVX-512 short rows of a large sample do better one after another, as one stream of memory.
 template <class T> GNSWAP_INLINE bool side_by_side(const Problem& p) {
   const int64_t row = p.C * static_cast<int64_t>(sizeof(T));
-  return row > 2048 || (p.y && row * p.S <= 262144);
+  return kBytes < 64 || row > 2048 || row * p.S <= 262144;
 }
 
 // Whether the rows of an [S, C] sample are worked on in blocks of channels whose sums and coefficients stay in registers.
