@@ -46,7 +46,19 @@ GNSWAP_INLINE void some_sums(const T* x, const T* dy, const T* r, T* dr, int64_t
   store_part(q + c, qv, count);
 }
 
+// Vectors of a block. Sums gain by blocks in rows of up to twice the length at which dx does.
 constexpr int kBackwardVectors = 4;
+
+// What z is computed with, for B vectors of channels from c on.
+template <class T, int B> struct InRegisters {
+  vec_t<T> shift[B], slope[B], offset[B];
+  GNSWAP_INLINE InRegisters(const Coefficients<acc_t<T>>& k, int64_t c) {
+    GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
+      const int64_t channel = c + j * kLanes<T>;
+      shift[j] = load(k.shift + channel), slope[j] = load(k.slope + channel), offset[j] = load(k.offset + channel);
+    }
+  }
+};
 
 // The same for B vectors of channels, whose coefficients and sums stay in registers.
 template <class T, ActClass A, bool Residual, int B>
@@ -54,19 +66,16 @@ GNSWAP_INLINE void block_sums(const T* x, const T* dy, const T* r, T* dr, int64_
                               const Coefficients<acc_t<T>>& k, acc_t<T>* s, acc_t<T>* q, Activation<acc_t<T>> how) {
   using V = vec_t<T>;
   constexpr int64_t W = kLanes<T>;
-  V sv[B], qv[B], shift[B], slope[B], offset[B];
-  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
-    const int64_t channel = c + j * W;
-    shift[j] = load(k.shift + channel), slope[j] = load(k.slope + channel), offset[j] = load(k.offset + channel);
-    sv[j] = qv[j] = V{};
-  }
+  const InRegisters<T, B> of(k, c);
+  V sv[B], qv[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) sv[j] = qv[j] = V{};
   for (int64_t row = 0; row < rows; ++row) {
     GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
       const int64_t at = row * C + c + j * W;
       fetch_to_read(x + at);
       fetch_to_read(dy + at);
-      const V d = load(x + at) - shift[j];
-      V z = d * slope[j] + offset[j];
+      const V d = load(x + at) - of.shift[j];
+      V z = d * of.slope[j] + of.offset[j];
       if (Residual && r) z += load(r + at);
       const V g = activate_backward<A>(how, z, load(dy + at));
       if (Residual && dr) store(dr + at, g);
@@ -123,21 +132,18 @@ GNSWAP_INLINE void block_gradient(const T* x, const T* dy, const T* r, T* dx, in
                                   const Coefficients<acc_t<T>>& k, Activation<acc_t<T>> how) {
   using V = vec_t<T>;
   constexpr int64_t W = kLanes<T>;
-  V shift[B], slope[B], offset[B], along[B], across[B];
-  GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
-    const int64_t channel = c + j * W;
-    shift[j] = load(k.shift + channel), slope[j] = load(k.slope + channel), offset[j] = load(k.offset + channel);
-    along[j] = load(k.along + channel), across[j] = load(k.across + channel);
-  }
+  const InRegisters<T, B> of(k, c);
+  V along[B], across[B];
+  GNSWAP_UNROLL for (int j = 0; j < B; ++j) along[j] = load(k.along + c + j * W), across[j] = load(k.across + c + j * W);
   for (int64_t row = 0; row < rows; ++row) {
     GNSWAP_UNROLL for (int j = 0; j < B; ++j) {
       const int64_t at = row * C + c + j * W;
       fetch_to_write(dx + at);
-      const V d = load(x + at) - shift[j];
-      V z = d * slope[j] + offset[j];
+      const V d = load(x + at) - of.shift[j];
+      V z = d * of.slope[j] + of.offset[j];
       if (Residual && r) z += load(r + at);
       const V g = activate_backward<A>(how, z, load(dy + at));
-      store(dx + at, g * slope[j] - (d * along[j] + across[j]));
+      store(dx + at, g * of.slope[j] - (d * along[j] + across[j]));
     }
   }
 }

@@ -162,14 +162,14 @@ template <class R> inline void add_to(double* target, const R* source, int64_t c
 
 GNSWAP_INLINE double reciprocal_deviation(double m2, double n, double eps) { return 1 / __builtin_sqrt(m2 / n + eps); }
 
-// Whether the forward works on rows of an [S, C] sample side by side, so that coefficients and sums are read once for some.
-// With AVX-512 short rows of a large sample do better one after another, as one stream of memory.
+// Whether the forward works on rows of an [S, C] sample side by side, so that coefficients and sums are read once for
+// some. With AVX-512 short rows of a large sample do better one after another, as one stream of memory.
 template <class T> GNSWAP_INLINE bool side_by_side(const Problem& p) {
   const int64_t row = p.C * static_cast<int64_t>(sizeof(T));
   return kBytes < 64 || row > 2048 || row * p.S <= 262144;
 }
 
-// Whether the rows of an [S, C] sample are worked on in blocks of channels whose sums and coefficients stay in registers.
+// Whether rows of an [S, C] sample are worked on in blocks of channels whose sums and coefficients stay in registers.
 // A block of B vectors is as wide as registers go; where that is a small part of a row, memory is read in bits and pieces,
 // and sums in the cache are faster.
 template <class T, int B> GNSWAP_INLINE bool in_blocks(const Problem& p) {
