@@ -221,7 +221,7 @@ def convert(
 
         gnswap convert resnet50 --weights mine.pth --group-size 32 --calib photos/ -o resnet50-gn
 
-        gnswap convert resnet50 --pretrained --softness 0 --calib photos/ --refit --heal 600 -o resnet50-gn
+        gnswap convert resnet50 --pretrained --softness 0 --calib photos/ --refit --heal 1000 -o resnet50-gn
 
         gnswap convert mypackage.models:build -o out --groups 8 --softness 0 --exclude 'head.*' --json
     """

@@ -29,9 +29,9 @@ def heal(
     original: nn.Module,
     photos: Iterable[Any],
     *,
-    steps: int = 600,
+    steps: int = 1000,
     batch_size: int = 8,
-    lr: float = 1e-4,
+    lr: float = 1e-3,
     accumulation: int = 1,
     softness_end: float | None = None,
     checkpoint: str | Path | None = None,
@@ -39,8 +39,9 @@ def heal(
 ) -> HealReport:
     """Distil the original into the converted network, in place, from unlabelled photos.
 
-    AdamW without weight decay, a learning rate that rises and then falls as a cosine, random views of the photos
-    (crops, mirror images, colour, blends). Every fourth photo is held out and judges: the best weights are kept, it
+    AdamW without weight decay, in steps that are shares of each layer's size (Shazeer and Stern, *Adafactor*, 2018), a
+    learning rate that rises and then falls as a cosine, random views of the photos (crops, mirror images, colour,
+    blends). Every fourth photo is held out and judges: the best weights are kept (of nearly equal ones the last), it
     stops where they get no better in the second half of the steps, and where healing did not help at all the network
     is given back bit for bit. Only parameters that require gradients are trained; the standardisation and all other
     buffers stay. `gnswap.save` and `load` work as before; `revert` refuses, as after any training.
@@ -53,9 +54,9 @@ def heal(
         original: the network with its BatchNorms; only read.
         photos: input batches, as for `gnswap.calibrate`; all of one shape. 64 to 256 photos are good. Read once, kept
             in memory.
-        steps: optimizer steps.
+        steps: optimizer steps; twice as many bring more (README).
         batch_size: photos in a step, over all processes.
-        lr: the highest learning rate.
+        lr: the highest learning rate, as a share of the size of each layer's weight.
         accumulation: parts that a process computes its share of a batch in, where memory is scarce.
         softness_end: a softness that every layer is taken to during the first half of the steps; 0 ends with pure
             GroupNorm. By default the softness stays.

@@ -27,13 +27,20 @@ from gnswap._sites import checksum
 from gnswap._trial import Jury, Score, answers, parted
 from gnswap._views import views
 
-_FEATURES = 10.0  # weight of the features beside the answers
+# weight of the features beside the answers; EfficientNet-Lite0, 600 steps, KL on photos of neither: .143 with 2, .109
+# with 10, .106 with 30, .105 with 100
+_FEATURES = 30.0
 _MOST_FEATURES = 16  # layers that are listened to
 _BETAS = (0.9, 0.99)
+_LEAST_SCALE = 1e-3  # of a layer whose weight is 0
 _WARMUP = 0.1  # share of the steps in which the learning rate rises
 _LOOKS = 10  # at the photos held out
 _PATIENCE = 3  # looks without a better one before it stops
 _ENERGY_SAMPLES = 16
+# Times the least distance so far: later weights that are no further off are taken, for they have learned more and the
+# falling rate leaves less noise in them, while 2 % on a few dozen photos is chance. In 12 trials on EfficientNet-Lite0
+# they were as near or nearer to the original on photos of neither (by up to 12 %).
+_AS_GOOD = 1.02
 
 
 class Healer:
@@ -72,7 +79,8 @@ class Healer:
         self.distillation = Distillation(
             original, converted, _some(names), sample, is_classifier=self.jury.is_classifier, features=_FEATURES
         )
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=job.lr, betas=_BETAS, weight_decay=0.0)
+        groups = [{"params": [p], "scale": _scale(converted, name)} for name, p in self.parameters.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=job.lr, betas=_BETAS, weight_decay=0.0)
         self.schedule: SoftnessSchedule | None = None
         if job.softness_end is not None:
             self.schedule = SoftnessSchedule(converted, job.softness_end, steps=max(job.steps // 2, 1))
@@ -149,8 +157,10 @@ class Healer:
         """An optimizer step; gives the mean loss over the batch."""
         rate = _rate(self.step, self.job.steps) * self.job.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         batch = views(self.photos[self._rows()], self._generator(1, self.step))
+        if batch.ndim == 4:  # a step of EfficientNet-Lite0 takes .25 s so on two cores, .42 s contiguous
+            batch = batch.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device, dtype=self.dtype)
         for number, part in enumerate(batch.tensor_split(self.parts)):
@@ -200,16 +210,17 @@ class Healer:
         distance, agreement = self.processes.mean([score.distance, score.agreement or 0.0])
         seconds = self.spent + time.perf_counter() - self.since
         look = Look(self.step, loss, distance, None if score.agreement is None else agreement, round(seconds, 3))
-        if self.step and self._is_at_its_end() and distance < self._best_distance():
+        least = min((earlier.distance for earlier in self.looks if self._counts(earlier.step)), default=math.inf)
+        if self._counts(self.step) and distance < min(self.looks[0].distance, _AS_GOOD * least):
             self.best, self.best_step = self._snapshot(), self.step
         self.looks.append(look)
 
     def _best_distance(self) -> float:
         return next(look.distance for look in self.looks if look.step == self.best_step)
 
-    def _is_at_its_end(self) -> bool:
-        """Whether the layers have the softness that is asked for: softer ones are better, and do not count."""
-        return self.schedule is None or self.step >= self.schedule.steps
+    def _counts(self, step: int) -> bool:
+        """Whether the layers have the softness that is asked for after so many steps: softer ones only look better."""
+        return step >= (1 if self.schedule is None else self.schedule.steps)
 
     def _gets_no_better(self, every: int) -> bool:
         # not before the half: while the learning rate is high, what the weights have learned hides behind its noise
@@ -243,6 +254,7 @@ class Healer:
             job=self.job,
             weights=(self.start_weights, _crc_of(self.best)),
             softness={} if state is None else state["softness"],
+            scales=tuple(group["scale"] for group in self.optimizer.param_groups),
             step=self.step,
             best_step=self.best_step,
             stopped=self.stopped,
@@ -266,6 +278,8 @@ class Healer:
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for group, scale in zip(self.optimizer.param_groups, progress.scales, strict=True):
+            group["scale"] = scale
         self.step, self.best_step, self.stopped = progress.step, progress.best_step, progress.stopped
         self.looks, self.spent = list(progress.looks), progress.looks[-1].seconds
         if self.schedule is not None:  # the first softness, which the network has no longer where it was healed before
@@ -281,6 +295,19 @@ def _some(names: Sequence[str]) -> list[str]:
     """
     every = -(-len(names) // _MOST_FEATURES)
     return list(names[::-1][::every][::-1])
+
+
+def _scale(model: nn.Module, name: str) -> float:
+    """How large a parameter's layer is: the root mean square of its weight, or of the parameter where it has none.
+
+    Why steps are measured in it: pretrained layers differ in size a hundredfold (EfficientNet-Lite0's gammas are about
+    4, its last convolutions .06), and AdamW moves each by the same. In shares of their sizes, as Shazeer and Stern
+    (*Adafactor*, 2018) take them, the first layers learn too: KL to the original, .197 before, comes to .123 or .109.
+    """
+    layer = model.get_submodule(name.rpartition(".")[0])
+    weight = getattr(layer, "weight", None)
+    size = (weight if isinstance(weight, Tensor) else model.get_parameter(name)).detach().square().mean().sqrt()
+    return float(size) or _LEAST_SCALE
 
 
 def _rate(step: int, steps: int) -> float:

@@ -18,7 +18,7 @@ from gnswap._directory import readable, refuse_foreign, replaced
 from gnswap._errors import PlanError, StoreError
 from gnswap._record import Record, differences
 
-HEALING_SCHEMA_VERSION = 1
+HEALING_SCHEMA_VERSION = 2
 STATE_FILE, TENSOR_FILE = "healing.json", "healing.safetensors"
 GROUPS = ("now", "best", "optimizer", "gain")
 
@@ -53,8 +53,8 @@ class HealReport(Record):
         photos: how many it learned from.
         held_out: how many judged; it did not learn from them.
         steps: optimizer steps done; fewer than asked for where it stopped early.
-        best_step: after how many of them the weights were best, which are the ones that it has now; 0 where it was not
-            healed.
+        best_step: after how many of them the weights were best (of nearly equal ones the last), which are the ones that
+            it has now; 0 where it was not healed.
         before, after: the figures on the photos held out, without healing and with the best weights. With
             `softness_end`, both are at that softness.
         looks: all figures on the way.
@@ -99,6 +99,7 @@ class Progress(Record):
         weights: checksums of the weights at the start and of the best ones: the network that is handed over to go on
             must have one of the two.
         softness: of each layer at the start, where it is annealed.
+        scales: the size of each parameter's layer at the start.
         step: optimizer steps done.
         best_step: after how many of them the weights were best.
         stopped: why there will be no more steps; "" where there will be.
@@ -109,6 +110,7 @@ class Progress(Record):
     job: Job
     weights: tuple[str, ...]
     softness: dict[str, float]
+    scales: tuple[float, ...]
     step: int
     best_step: int
     stopped: str

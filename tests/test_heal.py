@@ -47,7 +47,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-QUICK: dict[str, Any] = {"steps": 20, "lr": 5e-4}
+QUICK: dict[str, Any] = {"steps": 20, "lr": 3e-3}
 
 
 class TestHelps:
@@ -57,7 +57,7 @@ class TestHelps:
         before = gnswap.compare(original, converted, fresh)
         original_weights, buffers = weights(original), dict(converted.named_buffers())
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        report = gnswap.heal(converted, original, [photos()], steps=60, lr=3e-3)
+        report = gnswap.heal(converted, original, [photos()], steps=60, lr=1e-2)
         after = gnswap.compare(original, converted, fresh)
         assert before.kl is not None
         assert after.kl is not None
@@ -78,8 +78,18 @@ class TestHelps:
         fidelity = gnswap.compare(original, converted, [judges], layers=False)
         assert fidelity.kl == pytest.approx(report.after.distance, rel=1e-5)
         assert fidelity.agreement == pytest.approx(report.after.agreement)
-        assert report.after.distance == min(look.distance for look in report.looks)
+        assert report.after.distance <= 1.02 * min(look.distance for look in report.looks)
         assert [look.step for look in report.looks][:3] == [0, 2, 4]
+
+    @pytest.mark.parametrize(("last", "best_step"), [(0.505, 20), (0.52, 18), (0.4, 20)])
+    def test_of_nearly_equal_weights_the_last_are_taken(
+        self, monkeypatch: pytest.MonkeyPatch, last: float, best_step: int
+    ) -> None:
+        original, converted = networks()
+        distances = iter([1.0, *[0.9] * 8, 0.5, last])
+        monkeypatch.setattr(_trial.Jury, "judge", lambda *_: _trial.Score(next(distances), 0.5))
+        report = gnswap.heal(converted, original, [photos()], **QUICK)
+        assert (report.best_step, report.steps) == (best_step, 20)
 
     @pytest.mark.parametrize("name", ["aliased", "pre-activation", "1-D", "1-D, no length", "3-D", "root", "eps 1e-3"])
     def test_any_network(self, name: str) -> None:
@@ -113,6 +123,15 @@ class TestHelps:
         assert torch.equal(converted[0].weight, frozen)
         assert all(parameter.grad is None for parameter in (*original.parameters(), *converted.parameters()))
         assert not converted[1]._forward_hooks
+
+    def test_a_step_is_a_share_of_the_size_of_each_layer(self) -> None:
+        """AdamW's first step moves whatever has a gradient by the learning rate: here, by 1e-4 of its layer's size."""
+        original, converted = networks()
+        before = {name: parameter.detach().clone() for name, parameter in converted.named_parameters()}
+        assert gnswap.heal(converted, original, [photos()], steps=1, lr=1e-4).healed
+        for name, parameter in converted.named_parameters():
+            size = float(before[f"{name.rpartition('.')[0]}.weight"].square().mean().sqrt())
+            assert float((parameter - before[name]).detach().abs().max()) == pytest.approx(1e-4 * size, rel=0.05), name
 
     def test_an_original_in_half_precision(self) -> None:
         original, converted = networks()
@@ -214,7 +233,7 @@ class TestSoftness:
     def test_it_ends_pure(self) -> None:
         original, converted = networks(softness=1.0)
         soft = gnswap.compare(original, converted, [photos()]).kl
-        report = gnswap.heal(converted, original, [photos()], steps=60, lr=3e-3, softness_end=0.0)
+        report = gnswap.heal(converted, original, [photos()], steps=60, lr=1e-2, softness_end=0.0)
         assert report.healed
         assert {layer.softness for layer in _layers(converted)} == {0.0}
         assert report.best_step >= 30, "a soft network is no candidate"
@@ -298,8 +317,8 @@ class TestResume:
         original, converted = networks()
         gnswap.heal(converted, original, [photos()], steps=2, checkpoint=tmp_path)
         path = tmp_path / "healing.json"
-        path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
-        with pytest.raises(StoreError, match=r"unknown schema version .*expected 1, found 99"):
+        path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+        with pytest.raises(StoreError, match=r"unknown schema version .*expected 2, found 99"):
             gnswap.heal(networks()[1], original, [photos()], steps=2, checkpoint=tmp_path)
 
 
