@@ -155,7 +155,7 @@ def test_a_row_of_the_ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rows = []
     for cell in (ablation.Cell(32, (("groups", 2), ("softness", 0.5))), ablation.Cell(0, (("groups", 2),))):
         for levers, row in bench.rows(cell).items():
-            rows.append({"model": "tf_efficientnet_lite0", "cell": str(cell), "levers": levers, **row})
+            rows.append({"model": "tf_efficientnet_lite0", "cell": str(cell), "levers": levers, "code": "abc", **row})
     assert [row["levers"] for row in rows] == ["order and signs", "all", "refitted", "all"]
     assert rows[0]["softness"] == 0.5
     assert 0 < rows[3]["fidelity"]["kl"] < 10

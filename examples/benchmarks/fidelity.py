@@ -7,8 +7,9 @@ Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: the 
 96 of them judge and are never chosen on, the plan sees 0, 16, 64 or all other 183, without labels.
 
 Rows are stored as they are measured, the ones that say most first, so the script can be stopped at any time and goes
-on where it was. A plan with photos gives three rows: with order and signs alone, with all that the photos chose, and
-with the weights refitted to the photos beside; the seconds are those to plan, and of a refit its own.
+on where it was. The sweep takes longer than the code stands still: every row says which commit measured it, and rows of
+earlier commits stay until `--fresh`. A plan with photos gives three rows: with order and signs alone, with all that the
+photos chose, and with the weights refitted to the photos beside; the seconds are those to plan, and of a refit its own.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
             "–" if fidelity[key] is None else f"{fidelity[key]:.3f}" for key in ("agreement", "agreement_sure", "kl")
         ]
         spent = [f"{row['softness']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["–", "–"]
-        cells.append([row["model"], row["cell"], row["levers"], *shares, *spent])
-    header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds"]
+        cells.append([row["model"], row["cell"], row["levers"], *shares, *spent, row["code"]])
+    header = ["network", "conversion", "levers", "agreement", "where sure", "KL", "mean softness", "seconds", "gnswap"]
     return markdown_table(header, cells)
 
 
@@ -185,8 +186,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def report(rows: Rows, code: str) -> None:
     """Write the table and the figure of what is there."""
-    measured = list(rows.rows.values())
-    data = {**environment(code, "opacus"), "rows": measured}
+    places = {str(cell): place for place, cell in enumerate(cells())}
+    measured = sorted(rows.rows.values(), key=lambda row: (places[row["cell"]], row["model"]))
+    commits = {row["code"] for row in measured}
+    data = {**environment(code if commits == {code} else "of several commits", "opacus"), "rows": measured}
     count = len(MODELS) * len(cells())
     done = len({(row["model"], row["cell"]) for row in measured})
     title = f"What each lever keeps ({JUDGES} photos that no choice saw; {done} of {count} cells measured)"
@@ -204,7 +207,7 @@ def main() -> None:
     if importlib.util.find_spec("opacus") is None:
         sys.exit("Opacus is compared with here: pip install --no-deps opacus==1.6.0")
     code = code_version()
-    rows = Rows(RESULTS / "fidelity.rows.jsonl", code, fresh=arguments.fresh)
+    rows = Rows(RESULTS / "fidelity.rows.jsonl", code, fresh=arguments.fresh, any_code=True)
     files = photos(arguments.cache)
     benches: dict[str, Bench] = {}
     for cell in cells():

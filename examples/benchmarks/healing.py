@@ -1,17 +1,19 @@
 """What healing brings: converted networks before and after `gnswap.heal`, on photos that took no part in it.
 
     pip install -e '.[dev]'
-    python examples/benchmarks/healing.py            # about ten minutes a row on two cores
+    python examples/benchmarks/healing.py                # about ten minutes a row on two cores
+    python examples/benchmarks/healing.py --only "lite0: pure" --steps 2000
 
 Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 from a Debian package (`photos.py`) and
 28 from pip packages. Two of three choose the plan and heal (a quarter of these judges on the way), every third is kept
-for the table. The options of `heal` are its defaults. Rows are stored as they are measured, and a row that was
-interrupted goes on at its last checkpoint.
+for the table. The options of `heal` are its defaults, but for `--steps`: every number makes rows of its own. Rows are
+stored as they are measured, and a row that was interrupted goes on at its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -62,11 +64,12 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*header, "steps", "best", "minutes"], cells)
 
 
-def report(rows: list[dict[str, Any]], wanted: int, code: str) -> None:
+def report(rows: list[dict[str, Any]], missing: int, code: str) -> None:
     """Write the table of what is measured."""
+    rows = sorted(rows, key=lambda row: [row["model"], list(CASES).index(row["case"]), row["healing"]["steps"]])
     data = {**environment(code), "threads": torch.get_num_threads(), "rows": rows}
     title = f"Healing, judged on {rows[0]['after']['photos']} photos that took no part in it"
-    write("healing", f"{title} ({len(rows)} of {wanted} rows measured)", as_table(rows), data)
+    write("healing", f"{title} ({len(rows)} rows measured, {missing} missing)", as_table(rows), data)
 
 
 def main() -> None:
@@ -74,14 +77,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where photos and checkpoints are (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of healing (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of healing (%(default)s)")
+    parser.add_argument("--only", default="", metavar="REGEX", help='rows to measure, such as "lite1: pure" (all)')
     arguments = parser.parse_args()
     code, steps = code_version(), arguments.steps
     files = photos(arguments.cache)
     rows = Rows(RESULTS / "healing.rows.jsonl", code, fresh=arguments.fresh)
     keys = {(name, case): f"{name}: {case}, {steps} steps" for name in MODELS for case in CASES}
     for name, build in MODELS.items():
-        missing = [case for case in CASES if keys[name, case] not in rows]
+        missing = [
+            case for case in CASES if keys[name, case] not in rows and re.search(arguments.only, keys[name, case])
+        ]
         if not missing:
             continue
         model = build()
@@ -91,7 +97,7 @@ def main() -> None:
             checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
             row = measure(model, CASES[case], x, checkpoint, steps=steps)
             rows.add(keys[name, case], {"model": name, "case": case, **row})
-            report([rows.rows[key] for key in keys.values() if key in rows], len(keys), code)
+            report(list(rows.rows.values()), sum(key not in rows for key in keys.values()), code)
             shutil.rmtree(checkpoint)
 
 
