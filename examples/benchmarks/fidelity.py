@@ -203,11 +203,15 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the photos are kept (%(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="cells to measure, as in 'lite0.*; 183 photos'")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the table of what is there")
     arguments = parser.parse_args()
     if importlib.util.find_spec("opacus") is None:
         sys.exit("Opacus is compared with here: pip install --no-deps opacus==1.6.0")
     code = code_version()
     rows = Rows(RESULTS / "fidelity.rows.jsonl", code, fresh=arguments.fresh, any_code=True)
+    if arguments.report:
+        report(rows, code)
+        return
     files = photos(arguments.cache)
     benches: dict[str, Bench] = {}
     for cell in cells():

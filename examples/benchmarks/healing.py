@@ -60,8 +60,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         healing = row["healing"]
         minutes = f"{healing['looks'][-1]['seconds'] / 60:.1f}"
         cells.append([row["model"], row["case"], *shares, str(healing["steps"]), str(healing["best_step"]), minutes])
-    header = ["network", "conversion", "agreement", "healed", "where sure", "healed", "KL", "healed"]
-    return markdown_table([*header, "steps", "best", "minutes"], cells)
+    shares = [f"{what}{when}" for what in ("agreement", "where sure", "KL") for when in ("", ", healed")]
+    return markdown_table(["network", "conversion", *shares, "steps", "best", "minutes"], cells)
 
 
 def report(rows: list[dict[str, Any]], missing: int, code: str) -> None:
@@ -79,11 +79,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where photos and checkpoints are (%(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of healing (%(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help='rows to measure, such as "lite1: pure" (all)')
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the table of what is there")
     arguments = parser.parse_args()
     code, steps = code_version(), arguments.steps
-    files = photos(arguments.cache)
     rows = Rows(RESULTS / "healing.rows.jsonl", code, fresh=arguments.fresh)
     keys = {(name, case): f"{name}: {case}, {steps} steps" for name in MODELS for case in CASES}
+
+    def write_table() -> None:
+        report(list(rows.rows.values()), sum(key not in rows for key in keys.values()), code)
+
+    if arguments.report:
+        write_table()
+        return
+    files = photos(arguments.cache)
     for name, build in MODELS.items():
         missing = [
             case for case in CASES if keys[name, case] not in rows and re.search(arguments.only, keys[name, case])
@@ -97,7 +105,7 @@ def main() -> None:
             checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
             row = measure(model, CASES[case], x, checkpoint, steps=steps)
             rows.add(keys[name, case], {"model": name, "case": case, **row})
-            report(list(rows.rows.values()), sum(key not in rows for key in keys.values()), code)
+            write_table()
             shutil.rmtree(checkpoint)
 
 
