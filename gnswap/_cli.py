@@ -201,7 +201,7 @@ def convert(
             metavar="STEPS",
             min=1,
             help="Then train the converted network for so many steps to answer as the original does, on the photos of "
-            "--calib, without labels. A quarter of them judges; 600 are a good number.",
+            "--calib, without labels. A quarter of them judges; 1000 are a good number.",
         ),
     ] = None,
     limit: Annotated[

@@ -131,9 +131,9 @@ def test_healing_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         model[-1].weight.mul_(100)  # a network that is sure of something
     row = healing.measure(model, {"groups": 4, "softness": 0}, torch.randn(30, 3, 8, 8), tmp_path / "state", steps=2)
     assert (row["before"]["photos"], row["healing"]["photos"], row["healing"]["held_out"]) == (10, 15, 5)
-    table = healing.as_table([{"model": "small", "case": "pure", **row}])
+    table = healing.as_table([{"model": "small", "case": "pure", "code": "abc", **row}])
     assert table.splitlines()[-1].startswith("| small | pure | ")
-    assert table.splitlines()[-1].count("|") == 12
+    assert table.splitlines()[-1].count("|") == 13
 
 
 def test_the_ablation_measures_every_cell_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +173,8 @@ def test_rows_of_any_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     rows.add("second", {"value": 2})
     assert {row["key"]: row["code"] for row in rows.rows.values()} == {"first": "abc", "second": "def+changes"}
     assert "first" in report.Rows(path, "ghi", any_code=True)
+    assert report.version_of(rows.rows.values()) == "of several commits"
+    assert report.version_of([rows.rows["first"]]) == "abc"
 
 
 def test_turns_that_waited_for_a_processor_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

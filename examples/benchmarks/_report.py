@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ class Rows:
         self.rows[key] = {"key": key, "code": self.code, **row}
         with self.path.open("a") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
+
+
+def version_of(rows: Iterable[Row]) -> str:
+    """The commit that measured all of these rows, or that there are several."""
+    commits = {str(row["code"]) for row in rows}
+    return commits.pop() if len(commits) == 1 else "of several commits"
 
 
 def environment(code: str, *packages: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from _report import RESULTS, Rows, code_version, environment, markdown_table, version_of, write
 from data_free import MODELS, Recorded, by_opacus_unfused, load_photos
 from photos import CACHE, photos
 from torch import Tensor, nn
@@ -184,12 +184,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report(rows: Rows, code: str) -> None:
+def report(rows: Rows) -> None:
     """Write the table and the figure of what is there."""
     places = {str(cell): place for place, cell in enumerate(cells())}
     measured = sorted(rows.rows.values(), key=lambda row: (places[row["cell"]], row["model"]))
-    commits = {row["code"] for row in measured}
-    data = {**environment(code if commits == {code} else "of several commits", "opacus"), "rows": measured}
+    data = {**environment(version_of(measured), "opacus"), "rows": measured}
     count = len(MODELS) * len(cells())
     done = len({(row["model"], row["cell"]) for row in measured})
     title = f"What each lever keeps ({JUDGES} photos that no choice saw; {done} of {count} cells measured)"
@@ -210,7 +209,7 @@ def main() -> None:
     code = code_version()
     rows = Rows(RESULTS / "fidelity.rows.jsonl", code, fresh=arguments.fresh, any_code=True)
     if arguments.report:
-        report(rows, code)
+        report(rows)
         return
     files = photos(arguments.cache)
     benches: dict[str, Bench] = {}
@@ -225,7 +224,7 @@ def main() -> None:
             print(f"{name}: {cell}", file=sys.stderr)
             for levers, row in benches[name].rows(cell).items():
                 rows.add(f"{name}: {cell}: {levers}", {"model": name, "cell": str(cell), "levers": levers, **row})
-            report(rows, code)
+            report(rows)
 
 
 if __name__ == "__main__":

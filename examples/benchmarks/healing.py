@@ -7,7 +7,8 @@
 Networks: EfficientNet-Lite0 and Lite1 with their ImageNet weights. Photos: 251 from a Debian package (`photos.py`) and
 28 from pip packages. Two of three choose the plan and heal (a quarter of these judges on the way), every third is kept
 for the table. The options of `heal` are its defaults, but for `--steps`: every number makes rows of its own. Rows are
-stored as they are measured, and a row that was interrupted goes on at its last checkpoint.
+stored as they are measured, and a row that was interrupted goes on at its last checkpoint. Every row says which commit
+measured it; rows of earlier ones stay until `--fresh`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import RESULTS, Rows, code_version, environment, markdown_table, write
+from _report import RESULTS, Rows, code_version, environment, markdown_table, version_of, write
 from data_free import MODELS, load_photos
 from photos import CACHE, photos
 from torch import Tensor, nn
@@ -59,15 +60,17 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         ]
         healing = row["healing"]
         minutes = f"{healing['looks'][-1]['seconds'] / 60:.1f}"
-        cells.append([row["model"], row["case"], *shares, str(healing["steps"]), str(healing["best_step"]), minutes])
+        cells.append(
+            [row["model"], row["case"], *shares, str(healing["steps"]), str(healing["best_step"]), minutes, row["code"]]
+        )
     shares = [f"{what}{when}" for what in ("agreement", "where sure", "KL") for when in ("", ", healed")]
-    return markdown_table(["network", "conversion", *shares, "steps", "best", "minutes"], cells)
+    return markdown_table(["network", "conversion", *shares, "steps", "best", "minutes", "gnswap"], cells)
 
 
-def report(rows: list[dict[str, Any]], missing: int, code: str) -> None:
+def report(rows: list[dict[str, Any]], missing: int) -> None:
     """Write the table of what is measured."""
     rows = sorted(rows, key=lambda row: [row["model"], list(CASES).index(row["case"]), row["healing"]["steps"]])
-    data = {**environment(code), "threads": torch.get_num_threads(), "rows": rows}
+    data = {**environment(version_of(rows)), "threads": torch.get_num_threads(), "rows": rows}
     title = f"Healing, judged on {rows[0]['after']['photos']} photos that took no part in it"
     write("healing", f"{title} ({len(rows)} rows measured, {missing} missing)", as_table(rows), data)
 
@@ -82,11 +85,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing; write the table of what is there")
     arguments = parser.parse_args()
     code, steps = code_version(), arguments.steps
-    rows = Rows(RESULTS / "healing.rows.jsonl", code, fresh=arguments.fresh)
+    rows = Rows(RESULTS / "healing.rows.jsonl", code, fresh=arguments.fresh, any_code=True)
     keys = {(name, case): f"{name}: {case}, {steps} steps" for name in MODELS for case in CASES}
 
     def write_table() -> None:
-        report(list(rows.rows.values()), sum(key not in rows for key in keys.values()), code)
+        report(list(rows.rows.values()), sum(key not in rows for key in keys.values()))
 
     if arguments.report:
         write_table()
