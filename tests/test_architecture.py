@@ -91,7 +91,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             for first in ("instance", "layer")
             for then in ("", "_batch_norm", "_conv")
         }
-        | {"_onnx.lowerings.two_step"}
+        | {"_onnx.lowerings.two_step", "_onnx.lowerings.by_channel"}
     ),
     frozenset(
         {
@@ -257,6 +257,7 @@ SAME_FLOOR = {
     ("_onnx.lowerings.instance_norm_conv", "_onnx.lowerings.instance_norm"): "the same statistics",
     ("_onnx.lowerings.layer_norm_batch_norm", "_onnx.lowerings.layer_norm"): "the same statistics",
     ("_onnx.lowerings.layer_norm_conv", "_onnx.lowerings.layer_norm"): "the same statistics",
+    ("_onnx.lowerings.by_channel", "_onnx.lowerings.layer_norm"): "a layer norm's scale",
     **{
         ("_onnx.targets", f"_onnx.lowerings.{name}"): "it chooses among them"
         for name in (
@@ -267,6 +268,7 @@ SAME_FLOOR = {
             "layer_norm_batch_norm",
             "layer_norm_conv",
             "two_step",
+            "by_channel",
         )
     },
     ("_onnx.compiler", "_onnx.targets"): "the passes in a row",

@@ -26,13 +26,14 @@ from gnswap._export import ExportReport, export_onnx
 from gnswap._layer import FusedGroupNorm
 from gnswap._onnx import autotune, compiler, targets, write
 from gnswap._onnx.lowering import Lowering
+from gnswap._onnx.lowerings.by_channel import BY_CHANNEL, BY_CHANNEL_BATCH_NORM
 from gnswap._onnx.lowerings.instance_norm import INSTANCE_NORM
 from gnswap._onnx.lowerings.instance_norm_batch_norm import INSTANCE_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.instance_norm_conv import INSTANCE_NORM_CONV
 from gnswap._onnx.lowerings.layer_norm import LAYER_NORM
 from gnswap._onnx.lowerings.layer_norm_batch_norm import LAYER_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.layer_norm_conv import LAYER_NORM_CONV
-from gnswap._onnx.lowerings.two_step import TWO_STEP, TWO_STEP_CONV
+from gnswap._onnx.lowerings.two_step import TWO_STEP
 from gnswap._onnx.plain import plain
 from gnswap._plan import plan
 
@@ -43,8 +44,9 @@ LOWERINGS = (
     LAYER_NORM,
     LAYER_NORM_BATCH_NORM,
     LAYER_NORM_CONV,
+    BY_CHANNEL,
+    BY_CHANNEL_BATCH_NORM,
     TWO_STEP,
-    TWO_STEP_CONV,
 )
 HALF_ERROR = {torch.float16: 4e-3, torch.bfloat16: 5e-2}
 
@@ -164,8 +166,8 @@ def test_a_mean_of_thirty_standard_deviations_costs_few_digits(
         ("cpu", None, False, ["layer_norm_conv", "instance_norm_conv", "layer_norm_conv"]),
         ("cpu", 1, False, ["instance_norm_conv"] * 3),
         ("portable", None, True, ["two_step"] * 3),  # rows of unknown length
-        ("cpu", None, True, ["two_step_conv"] * 3),
-        ("cpu", 1, True, ["two_step_conv"] * 3),
+        ("cpu", None, True, ["two_step"] * 3),
+        ("cpu", 1, True, ["two_step"] * 3),
         ("cuda", None, False, ["instance_norm"] * 3),
         ("tensorrt", None, False, ["instance_norm", "layer_norm", "instance_norm"]),
         ("tensorrt", None, True, ["instance_norm"] * 3),  # a layer norm would need a node that reads sizes
@@ -181,18 +183,23 @@ def test_the_table_decides(
     assert all(reason for _, reason in chosen)
 
 
-@pytest.mark.parametrize(("target", "lowering"), [("portable", "two_step"), ("cpu", "two_step_conv")])
+@pytest.mark.parametrize(
+    ("target", "threads", "lowering"),
+    [("portable", None, "two_step"), ("cpu", None, "by_channel"), ("cpu", 1, "by_channel_batch_norm")],
+)
 @pytest.mark.parametrize("dynamic_size", [True, False])
-def test_a_long_row_keeps_its_digits(tmp_path: Path, target: str, lowering: str, dynamic_size: bool) -> None:
+def test_a_long_row_keeps_its_digits(
+    tmp_path: Path, target: str, threads: int | None, lowering: str, dynamic_size: bool
+) -> None:
     """One group of 400,000 numbers: a sum from the first to the last is off by ten times as much."""
     norm = nn.Sequential(FusedGroupNorm(1, 32)).eval()
     x = torch.randn(1, 32, 112, 112, generator=torch.Generator().manual_seed(3))
-    long = export_onnx(norm, tmp_path / "long.onnx", x, target=target, dynamic_size=dynamic_size)
+    long = export_onnx(norm, tmp_path / "long.onnx", x, target=target, threads=threads, dynamic_size=dynamic_size)
     assert lowerings(long) == [lowering]
     assert "rows of any length" in long.norms[0].reason
     assert relative_error(run(long, x), exact(norm, x)) < 1e-6
     small = x[:, :, :16, :16]
-    short = export_onnx(norm, tmp_path / "short.onnx", small, target=target, dynamic_size=dynamic_size)
+    short = export_onnx(norm, tmp_path / "short.onnx", small, target=target, threads=threads, dynamic_size=dynamic_size)
     assert lowerings(short) != [lowering]
 
 
@@ -202,10 +209,20 @@ def test_onnxruntime_loses_digits_in_a_long_row(tmp_path: Path) -> None:
     norm = nn.Sequential(FusedGroupNorm(1, 32)).eval()
     prepared = Prepared(norm, x, dynamic_batch=False, dynamic_size=False)
     errors = []
-    for lowering in (INSTANCE_NORM, LAYER_NORM, TWO_STEP):
+    for lowering in (INSTANCE_NORM, LAYER_NORM, TWO_STEP, BY_CHANNEL, BY_CHANNEL_BATCH_NORM):
         (found,) = prepared.run(tmp_path / "net.onnx", lowering, x)
         errors.append(relative_error(found, exact(norm, x)))
-    assert min(errors[:2]) > 2 * errors[2]
+    assert min(errors[:2]) > 2 * max(errors[2:])
+
+
+def test_channels_that_are_long_themselves_are_added_up_axis_by_axis(tmp_path: Path) -> None:
+    norm = nn.Sequential(FusedGroupNorm(1, 2)).eval()
+    for side, lowering in ((512, "by_channel"), (520, "two_step")):
+        x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(3))
+        report = export_onnx(norm, tmp_path / "net.onnx", x, target="cpu")
+        assert lowerings(report) == [lowering]
+        assert relative_error(run(report, x), exact(norm, x)) < 2e-6
+    assert "270400 numbers of a channel" in report.norms[0].reason
 
 
 def test_a_batch_of_two_is_two_rows(static: Prepared) -> None:
@@ -227,10 +244,10 @@ def test_no_node_reads_sizes_where_a_strict_session_would_refuse_it(tmp_path: Pa
 
 def test_vectors_and_sequences_get_a_form_of_their_rank(tmp_path: Path) -> None:
     layers = nn.Sequential(nn.Conv1d(3, 8, 1), FusedGroupNorm(2, 8)).eval()
-    for length, lowering in ((7, "layer_norm_batch_norm"), (80_000, "two_step")):
+    for length, lowering in ((7, "layer_norm_batch_norm"), (80_000, "by_channel")):
         report = export_onnx(layers, tmp_path / "net.onnx", torch.randn(2, 3, length), target="cpu")
         assert report.norms[0].lowering == lowering
-        assert "_conv is for 4 axes" in report.norms[0].reason
+        assert ("_conv is for 4 axes" in report.norms[0].reason) == (length == 7)
         x = torch.randn(3, 3, length + 2)
         assert relative_error(run(report, x), exact(layers, x)) < 3e-6
 

@@ -37,6 +37,7 @@ import gnswap
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": lambda: timm.create_model("resnet50"),
+    "mobilenetv2_100": lambda: timm.create_model("mobilenetv2_100"),
     "mobilenetv3_large_100": lambda: timm.create_model("mobilenetv3_large_100"),
     "efficientnet_lite0": lambda: timm.create_model("efficientnet_lite0"),
     "regnetx_004": lambda: timm.create_model("regnetx_004"),

@@ -1,6 +1,6 @@
 """What a lowering is, and the pieces that several of them are made of.
 
-A lowering is statistics (which operator computes (x-m)/sqrt(v+eps) over the groups) and an affine map of the channels
+A lowering is a form (which operators compute (x-m)/sqrt(v+eps) over the groups) and an affine map of the channels
 (which operator multiplies by gamma and adds beta, and does the same for a standardisation that no neighbour took).
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from gnswap._onnx.edit import Array
-from gnswap._onnx.norm import Writer
+from gnswap._onnx.norm import Norm, Writer
 
 Statistics = Callable[[Writer, Any], tuple[Any, Any]]
 Affine = Callable[[Writer, Any, Array, Array, str], Any]
+Form = Callable[[Writer, Any, Affine], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Lowering:
 
     Attributes:
         name: in reports.
-        statistics: `(writer, view) -> (view, spread)`, normalises `[N, G, D*H, W]` over all axes after G. The spread,
-            `[N, G, 1, 1]`, is what the view is still to be divided by; None where nothing is left to do.
+        form: `(writer, x, affine) -> y`, for a standardised x.
         affine: `(writer, x, factor, term, name) -> y`, per channel.
         shape_nodes: whether it reads sizes at run time where height or width is dynamic.
         half_casts: whether it casts half types to fp32 and back.
@@ -34,7 +34,7 @@ class Lowering:
     """
 
     name: str
-    statistics: Statistics
+    form: Form
     affine: Affine
     shape_nodes: bool = False
     half_casts: bool = False
@@ -43,17 +43,32 @@ class Lowering:
     def write(self, writer: Writer, x: Any) -> Any:
         """Write the nodes; returns `y`, of the shape of x."""
         norm = writer.norm
-        x = _mapped(self.affine, writer, x, norm.scale, norm.shift, "standardisation")
-        x = _gathered(writer, x, norm.gather_before)
-        view, spread = self.statistics(writer, _grouped(writer, x))
-        normalised = _gathered(writer, _ungrouped(writer, view), norm.gather_behind)
+        return self.form(writer, mapped(self.affine, writer, x, norm.scale, norm.shift, "standardisation"), self.affine)
+
+
+def side_by_side(statistics: Statistics) -> Form:
+    """The form that normalises a view of x whose groups are one axis.
+
+    Args:
+        statistics: `(writer, view) -> (view, spread)`, normalises `[N, G, D*H, W]` over all axes after G. The spread,
+            `[N, G, 1, 1]`, is what the view is still to be divided by; None where nothing is left to do.
+    """
+
+    def form(writer: Writer, x: Any, affine: Affine) -> Any:
+        norm = writer.norm
+        x = gathered(writer, x, norm.gather_before)
+        view, spread = statistics(writer, _grouped(writer, x))
+        normalised = gathered(writer, _ungrouped(writer, view), norm.gather_behind)
         if spread is None:
-            return _mapped(self.affine, writer, normalised, norm.weight, norm.bias, "affine")
+            return mapped(affine, writer, normalised, norm.weight, norm.bias, "affine")
         y = writer.op("Mul", normalised, _gain(writer, spread))
-        return _mapped(self.affine, writer, y, None, norm.bias, "affine")
+        return mapped(affine, writer, y, None, norm.bias, "affine")
+
+    return form
 
 
-def _gathered(writer: Writer, x: Any, indices: Array | None) -> Any:
+def gathered(writer: Writer, x: Any, indices: Array | None) -> Any:
+    """x with its channels at other places; x itself where there are no indices."""
     import onnx_ir as ir
 
     if indices is None:
@@ -79,17 +94,20 @@ def _ungrouped(writer: Writer, view: Any) -> Any:
 def _gain(writer: Writer, spread: Any) -> Any:
     """`gamma / spread` of every channel, `[N, C, 1, 1]`, in the order of y: the division then costs no pass over x."""
     norm = writer.norm
-    weight = np.ones(norm.channels) if norm.weight is None else norm.weight
-    if norm.gather_behind is not None:
-        weight = weight[np.argsort(norm.gather_behind)]
+    weight = working_order(norm, np.ones(norm.channels) if norm.weight is None else norm.weight)
     grouped = [norm.num_groups, norm.channels_per_group, *[1] * (len(spread.shape) - 3)]
     gain = writer.op("Div", writer.constant("affine.weight", weight.reshape(grouped)), spread, shape=[None, *grouped])
     channels = [norm.channels, *[1] * (norm.rank - 2)]
     gain = writer.op("Reshape", gain, writer.shape(0, *channels), shape=[None, *channels])
-    return _gathered(writer, gain, norm.gather_behind)
+    return gathered(writer, gain, norm.gather_behind)
 
 
-def _mapped(affine: Affine, writer: Writer, x: Any, factor: Array | None, term: Array | None, name: str) -> Any:
+def working_order(norm: Norm, vector: Array) -> Array:
+    """A `[C]` vector in the order of y, in that of the statistics."""
+    return vector if norm.gather_behind is None else vector[np.argsort(norm.gather_behind)]
+
+
+def mapped(affine: Affine, writer: Writer, x: Any, factor: Array | None, term: Array | None, name: str) -> Any:
     """`factor * x + term`; x itself where that changes nothing."""
     channels = writer.norm.channels
     factor = np.ones(channels) if factor is None else factor

@@ -114,6 +114,11 @@ class Norm:
         return self.example_row if self.positions is None else self.channels_per_group * self.positions
 
     @property
+    def channel_length(self) -> int | None:
+        """S, how many numbers a channel has; where an axis is dynamic, in the example input."""
+        return None if self.row_length is None else self.row_length // self.channels_per_group
+
+    @property
     def is_half(self) -> bool:
         """Whether x is fp16 or bf16."""
         import onnx_ir as ir
@@ -263,20 +268,29 @@ class Writer:
         self, op_type: str, *inputs: Any, shape: Sequence[Any] | None = None, dtype: Any = None, **attributes: Any
     ) -> Any:
         """One node; returns its output. `shape` and `dtype` are those of x where they are not given."""
+        return self.several(op_type, *inputs, shapes=[shape], dtype=dtype, **attributes)[0]
+
+    def several(
+        self, op_type: str, *inputs: Any, shapes: Sequence[Sequence[Any] | None], dtype: Any = None, **attributes: Any
+    ) -> list[Any]:
+        """One node with as many outputs as there are shapes."""
         import onnx_ir as ir
 
         x = self.norm.x
-        output = ir.Value(
-            type=ir.TensorType(dtype or x.dtype),
-            shape=x.shape if shape is None else ir.Shape(shape),
-            name=f"{self.norm.y.name}.{self._count}",
-        )
-        self._count += 1
+        outputs = [
+            ir.Value(
+                type=ir.TensorType(dtype or x.dtype),
+                shape=x.shape if shape is None else ir.Shape(shape),
+                name=f"{self.norm.y.name}.{self._count + index}",
+            )
+            for index, shape in enumerate(shapes)
+        ]
+        self._count += len(outputs)
         node = ir.node(
-            op_type, list(inputs), attributes, outputs=[output], metadata_props=dict(self.norm.node.metadata_props)
+            op_type, list(inputs), attributes, outputs=outputs, metadata_props=dict(self.norm.node.metadata_props)
         )
         self.graph.insert_before(self.norm.node, node)
-        return output
+        return outputs
 
     def constant(self, name: str, values: Any, dtype: Any = None) -> Any:
         """An initializer `PATH.name` in the dtype of x, or another one."""
@@ -292,6 +306,12 @@ class Writer:
             label = f"{name}_{len(values)}" + ("" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}")
             self.cache[key] = constant(self.graph, label, values, dtype)
         return self.cache[key]
+
+    def axes(self, axis: int) -> Any:
+        """One axis, as a reduction takes it."""
+        import onnx_ir as ir
+
+        return self.shared(f"axis_{axis}", np.array([axis]), ir.DataType.INT64)
 
     def shape(self, *sizes: int) -> Any:
         """The target of a Reshape."""

@@ -8,8 +8,9 @@ Values that must have one order are one *segment*. Each norm in turn gives its o
 it where these are free; where they are not (a graph's output, an operator that is not known here, a residual sum that
 an earlier norm has given its order), one Gather moves the channels, at the side where it is needed and next to the
 statistics, so that what runtimes fuse before and behind the norm stays together.
-Why no form that takes statistics of any channels (per-channel moments, mixed by two small MatMuls): it takes about the
-time of a Gather and loses digits where a mean is large (5e-4 at 30 standard deviations).
+Why no form that takes statistics of any channels: its small nodes take longer than a Gather, 7 microseconds for 384
+channels at 7x7 (`_onnx.lowerings.by_channel`), and moments mixed by two MatMuls lose digits where a mean is large (5e-4
+at 30 standard deviations).
 """
 
 from __future__ import annotations

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 
 from gnswap._onnx.lowering import Lowering
+from gnswap._onnx.lowerings.by_channel import BY_CHANNEL, BY_CHANNEL_BATCH_NORM
 from gnswap._onnx.lowerings.instance_norm import INSTANCE_NORM
 from gnswap._onnx.lowerings.instance_norm_batch_norm import INSTANCE_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.instance_norm_conv import INSTANCE_NORM_CONV
 from gnswap._onnx.lowerings.layer_norm import LAYER_NORM
 from gnswap._onnx.lowerings.layer_norm_batch_norm import LAYER_NORM_BATCH_NORM
 from gnswap._onnx.lowerings.layer_norm_conv import LAYER_NORM_CONV
-from gnswap._onnx.lowerings.two_step import TWO_STEP, TWO_STEP_CONV
+from gnswap._onnx.lowerings.two_step import TWO_STEP
 from gnswap._onnx.norm import Norm
 
-_LONG_ROW = 2**18  # numbers of a group; beyond, sums from first to last are off by more than 2e-6
+_LONG_ROW = 2**18  # numbers; beyond, sums from first to last are off by more than 2e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ _CPU_PARALLEL = Target(
     (LAYER_NORM_CONV, LAYER_NORM_BATCH_NORM, LAYER_NORM),
     "fastest on onnxruntime's CPU provider with several threads",
     single_row=(INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM),
-    long_row=(TWO_STEP_CONV, TWO_STEP),
+    long_row=(BY_CHANNEL, TWO_STEP),
     opset=20,
 )
 _CPU_SERIAL = Target(
@@ -65,7 +66,7 @@ _CPU_SERIAL = Target(
     "cpu",
     (INSTANCE_NORM_CONV, INSTANCE_NORM_BATCH_NORM, INSTANCE_NORM),
     "fastest on onnxruntime's CPU provider with one thread",
-    long_row=(TWO_STEP_CONV, TWO_STEP),
+    long_row=(BY_CHANNEL_BATCH_NORM, TWO_STEP),
     opset=20,
 )
 _OTHERS = (
@@ -94,6 +95,7 @@ _OTHERS = (
         max_opset=21,
     ),
 )
+_OF_CHANNELS = (BY_CHANNEL.form, BY_CHANNEL_BATCH_NORM.form)
 TARGETS = ("portable", "cpu", "cuda", "tensorrt")
 
 
@@ -110,8 +112,11 @@ def refusal(lowering: Lowering, norm: Norm, target: Target) -> str | None:
         return f"{lowering.name} is for {', '.join(map(str, lowering.ranks))} axes"
     if lowering.shape_nodes and norm.positions is None and not target.shape_nodes:
         return f"{lowering.name} would read sizes at run time, which are dynamic"
-    if target.name == "tensorrt" and norm.num_groups == 1 and lowering.statistics is INSTANCE_NORM.statistics:
+    if target.name == "tensorrt" and norm.num_groups == 1 and lowering.form is INSTANCE_NORM.form:
         return "TensorRT takes one group for an instance norm (NVIDIA/TensorRT#4756)"
+    if lowering.form in _OF_CHANNELS and (norm.channel_length is None or norm.channel_length > _LONG_ROW):
+        length = norm.channel_length or "an unknown number of"
+        return f"{lowering.name} would add up {length} numbers of a channel one by one"
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gnswap._onnx.lowering import Lowering, multiply_add
+from gnswap._onnx.lowering import Lowering, multiply_add, side_by_side
 from gnswap._onnx.norm import Writer
 
 
@@ -36,4 +36,5 @@ def statistics(writer: Writer, view: Any) -> tuple[Any, None]:
     return (writer.op("Cast", view, to=norm.dtype, shape=view.shape) if norm.is_half else view), None
 
 
-INSTANCE_NORM = Lowering("instance_norm", statistics, multiply_add, half_casts=True)
+FORM = side_by_side(statistics)
+INSTANCE_NORM = Lowering("instance_norm", FORM, multiply_add, half_casts=True)

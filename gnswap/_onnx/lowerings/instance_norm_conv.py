@@ -13,6 +13,6 @@ is a single row. onnxruntime's CPU kernel for it takes 0.75 to 0.85 of the layer
 from __future__ import annotations
 
 from gnswap._onnx.lowering import Lowering, depthwise_conv
-from gnswap._onnx.lowerings.instance_norm import statistics
+from gnswap._onnx.lowerings.instance_norm import FORM
 
-INSTANCE_NORM_CONV = Lowering("instance_norm_conv", statistics, depthwise_conv, half_casts=True, ranks=(4,))
+INSTANCE_NORM_CONV = Lowering("instance_norm_conv", FORM, depthwise_conv, half_casts=True, ranks=(4,))

@@ -18,17 +18,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from gnswap._onnx.lowering import Lowering, multiply_add
+from gnswap._onnx.lowering import Lowering, multiply_add, side_by_side
 from gnswap._onnx.norm import Writer
 
 
 def statistics(writer: Writer, view: Any) -> tuple[Any, None]:
     """`view` `[N, G, ...]`, normalised over all axes after G."""
+    norm = writer.norm
+    ones = unit_scale(writer, view, norm.channels_per_group)
+    return writer.op("LayerNormalization", view, ones, axis=2, epsilon=norm.epsilon, shape=view.shape), None
+
+
+def unit_scale(writer: Writer, view: Any, channels: int) -> Any:
+    """A tensor of ones in the shape of the axes after the second of a view, of which so many channels are a row."""
     import onnx_ir as ir
 
     norm = writer.norm
     row = tuple(size if isinstance(size, int) else str(size) for size in view.shape[2:])
-    key = ("ones", *norm.sizes, norm.channels_per_group, norm.dtype)
+    key = ("ones", *norm.sizes, channels, norm.dtype)
     if (ones := writer.cache.get(key)) is None:
         if all(isinstance(size, int) for size in row):
             shape = writer.shape(*map(int, row))
@@ -36,7 +43,8 @@ def statistics(writer: Writer, view: Any) -> tuple[Any, None]:
             shape = writer.op("Shape", view, start=2, dtype=ir.DataType.INT64, shape=[len(row)])
         one = ir.tensor([1.0], dtype=norm.dtype)
         ones = writer.cache[key] = writer.op("ConstantOfShape", shape, value=one, shape=view.shape[2:])
-    return writer.op("LayerNormalization", view, ones, axis=2, epsilon=norm.epsilon, shape=view.shape), None
+    return ones
 
 
-LAYER_NORM = Lowering("layer_norm", statistics, multiply_add, shape_nodes=True)
+FORM = side_by_side(statistics)
+LAYER_NORM = Lowering("layer_norm", FORM, multiply_add, shape_nodes=True)

@@ -8,6 +8,6 @@ One pass over the channels where Mul and Add take two. Exactness: that of `layer
 from __future__ import annotations
 
 from gnswap._onnx.lowering import Lowering, batch_norm
-from gnswap._onnx.lowerings.layer_norm import statistics
+from gnswap._onnx.lowerings.layer_norm import FORM
 
-LAYER_NORM_BATCH_NORM = Lowering("layer_norm_batch_norm", statistics, batch_norm, shape_nodes=True)
+LAYER_NORM_BATCH_NORM = Lowering("layer_norm_batch_norm", FORM, batch_norm, shape_nodes=True)

@@ -14,6 +14,6 @@ batch 1 and 0.92 at batch 8, mobilenetv2 0.80 and 0.82). On GPUs a depthwise con
 from __future__ import annotations
 
 from gnswap._onnx.lowering import Lowering, depthwise_conv
-from gnswap._onnx.lowerings.layer_norm import statistics
+from gnswap._onnx.lowerings.layer_norm import FORM
 
-LAYER_NORM_CONV = Lowering("layer_norm_conv", statistics, depthwise_conv, shape_nodes=True, ranks=(4,))
+LAYER_NORM_CONV = Lowering("layer_norm_conv", FORM, depthwise_conv, shape_nodes=True, ranks=(4,))
