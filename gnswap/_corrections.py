@@ -32,7 +32,7 @@ from gnswap._progress import shown
 from gnswap._records import Decision
 from gnswap._running import ROWS, batched, eval_mode, placed
 from gnswap._sites import get
-from gnswap._trial import Jury
+from gnswap._trial import Jury, Score
 
 _PASSES = 2  # in the second, every batch meets corrections from all the others
 _GAIN = (0.5, 1.5)  # bounds of a gain
@@ -48,12 +48,14 @@ class Trial:
         decisions: without them.
         strength: the best; None where they do not help.
         distance: of the answers with corrections of that strength, on photos that they were not fitted on.
+        agreement: share of these photos with the original's class; None where the network is no classifier.
         note: the same in words.
     """
 
     decisions: tuple[Decision, ...]
     strength: float | None
     distance: float
+    agreement: float | None
     note: str
 
 
@@ -68,18 +70,28 @@ def tried(decisions: Sequence[Decision], juries: tuple[Jury, Jury]) -> Trial:
         How far the answers are from the original's, and whether corrections help.
     """
     fitted = [_fitted(other.model, decisions, other.photos) for other in reversed(juries)]
-    before = sum(jury.score(decisions).distance for jury in juries) / 2
-    after = dict.fromkeys(_STRENGTHS, 0.0)
-    for strength in _STRENGTHS:
-        for jury, found in zip(juries, fitted, strict=True):
-            after[strength] += jury.score(_at(strength, decisions, found)).distance / 2
-    strength = min(_STRENGTHS, key=after.__getitem__)
-    judged = f"{before:.3g} to {after[strength]:.3g} on photos that they were not fitted on"
-    if not after[strength] < _WORTH * before:
+    before = _average([jury.score(decisions) for jury in juries])
+    after = {
+        strength: _average(
+            [jury.score(_at(strength, decisions, found)) for jury, found in zip(juries, fitted, strict=True)]
+        )
+        for strength in _STRENGTHS
+    }
+    strength = min(_STRENGTHS, key=lambda one: after[one].distance)
+    best = after[strength]
+    judged = f"{before.distance:.3g} to {best.distance:.3g} on photos that they were not fitted on"
+    if not best.distance < _WORTH * before.distance:
         note = f"no paired corrections: they would take the distance of the answers from {judged}"
-        return Trial(tuple(decisions), None, before, note)
+        return Trial(tuple(decisions), None, before.distance, before.agreement, note)
     how = "paired corrections" if strength == 1 else f"paired corrections at strength {strength:g}"
-    return Trial(tuple(decisions), strength, after[strength], f"{how}: distance of the answers from {judged}")
+    note = f"{how}: distance of the answers from {judged}"
+    return Trial(tuple(decisions), strength, best.distance, best.agreement, note)
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    distance = sum(score.distance for score in scores) / len(scores)
+    agreements = [score.agreement for score in scores if score.agreement is not None]
+    return Score(distance, sum(agreements) / len(agreements) if agreements else None)
 
 
 def corrected(model: nn.Module, trial: Trial, photos: Sequence[Tensor]) -> list[Decision]:

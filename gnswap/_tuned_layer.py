@@ -114,13 +114,17 @@ class TunedLayer:
         return self.softened(most * low / 32)
 
     def softened(self, softness: float) -> TunedLayer:
-        """With another softness, where that is free."""
+        """With another softness, where that is free, and with a balance for it where there is one."""
         if not self.free_softness:
             return self
-        softer = dataclasses.replace(self.decision, softness=softness, gain=self._gain_at(softness))
-        return dataclasses.replace(
-            self, decision=_because(softer, f"softness {softness:g} for the target")
-        )._with_error()
+        softer = _because(
+            dataclasses.replace(self.decision, softness=softness), f"softness {softness:g} for the target"
+        )
+        layer = dataclasses.replace(self, decision=softer)
+        if softer.centre is not None:
+            layer = layer._with_balance()
+        gain = layer._gain_at(softness)
+        return dataclasses.replace(layer, decision=dataclasses.replace(layer.decision, gain=gain))._with_error()
 
     def with_level(self) -> TunedLayer:
         """With each group's output as large, in the mean, as it has to be on the photos."""
@@ -149,6 +153,14 @@ class TunedLayer:
 
     def balanced(self) -> TunedLayer:
         """With a loudness and a centre for each channel, in the way its groups are now."""
+        layer = self._with_balance()
+        if layer.decision.centre is None:
+            return self
+        share = layer.decision.evidence["constant_share"]
+        why = f"channels balanced on photos, {share:.2g} of the group's variance constant"
+        return dataclasses.replace(layer, decision=_because(layer.decision, why))
+
+    def _with_balance(self) -> TunedLayer:
         if self.seen is None:
             return self
         decision = self.decision
@@ -162,8 +174,7 @@ class TunedLayer:
             centre=found.centre,
             evidence={**decision.evidence, "constant_share": constant},
         )
-        why = f"channels balanced on photos, {constant:.2g} of the group's variance constant"
-        return dataclasses.replace(self, decision=_because(decision, why))
+        return dataclasses.replace(self, decision=decision)
 
     def _with_error(self) -> TunedLayer:
         if self.held is None:

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 import gnswap
+from gnswap import _balance
 from gnswap._balance import balanced
 from gnswap._estimate import Arrangement, Grouped, Tables, relative_error
+from gnswap._records import Decision
 from gnswap._sites import get
+from gnswap._tuned_layer import TunedLayer
 from tests.test_order import tables
 
 ORDER = (3, 0, 1, 2, 7, 6, 5, 4)
@@ -59,6 +62,32 @@ def test_the_error_falls_on_samples_that_were_not_seen(arrangement: Arrangement)
     before, after = (relative_error(others, 4, one, 1e-5, 0.0) for one in (arrangement, found))
     assert after < 0.9 * before
     assert 0 < float(Grouped.of(others, 4, found).constant_share().mean()) < 0.2
+
+
+@pytest.mark.parametrize("softness", [1.0, 4.0, 32.0])
+def test_a_soft_layer_is_balanced_with_less_of_the_penalty(monkeypatch: pytest.MonkeyPatch, softness: float) -> None:
+    made = skewed(256, 0)
+    errors = []
+    for less in (_balance._LESS_WHERE_SOFT, 0.0):
+        monkeypatch.setattr(_balance, "_LESS_WHERE_SOFT", less)
+        found = balanced(made.rows(torch.arange(64)), 4, Arrangement(), 1e-5, softness)
+        assert float(Grouped.of(made, 4, found).constant_share().mean()) < 0.2
+        errors.append(relative_error(made.rows(torch.arange(64, 256)), 4, found, 1e-5, softness))
+    assert errors[0] < 0.98 * errors[1]
+
+
+def test_another_softness_has_a_balance_of_its_own() -> None:
+    """The dial of a target turns a layer that was balanced pure into one that is balanced soft."""
+    made = skewed(64, 0)
+    drafted = Decision(("",), "BatchNorm2d", 16, "swap", "a test", num_groups=4)
+    pure = TunedLayer(drafted, free_softness=True, tables=made, owner=torch.arange(64), eps=1e-5).balanced()
+    soft = pure.softened(4.0)
+    wanted = balanced(pure.seen, 4, Arrangement(), 1e-5, 4.0)
+    assert (soft.decision.loudness, soft.decision.centre) == (wanted.loudness, wanted.centre)
+    assert soft.decision.evidence["constant_share"] != pure.decision.evidence["constant_share"]
+    assert soft.decision.gain is None
+    assert soft.with_level().softened(1.0).decision.gain is not None
+    assert pure.softened(0.0).decision.loudness == pure.decision.loudness
 
 
 def test_the_same_tables_give_the_same_balance() -> None:

@@ -193,6 +193,22 @@ def test_a_target_that_pure_groupnorm_meets() -> None:
     assert any("met by pure GroupNorm" in note for note in made.notes)
 
 
+def test_a_target_is_judged_by_all_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those held out alone are too few: here all their answers change and none of the others'."""
+    batches = photos()
+    total = sum(len(batch) for batch in batches)
+    seen: list[int] = []
+
+    def score(jury: Jury, _decisions: object) -> Score:
+        seen.append(len(jury.photos))
+        return Score(1.0, 0.0 if len(jury.photos) < total // 2 else 0.8)
+
+    monkeypatch.setattr(Jury, "score", score)
+    made = plan(lifelike(), calibration=batches, fidelity=0.75)
+    assert {total // 2, total // 4} <= set(seen)
+    assert any(f"is met by pure GroupNorm on {total} photos" in note for note in made.notes)
+
+
 @pytest.mark.usefixtures("graded")
 def test_softness_that_was_given_is_not_touched() -> None:
     made = plan(lifelike(), calibration=photos(), fidelity=0.6, overrides={"1": {"softness": 0.3}})
