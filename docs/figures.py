@@ -98,6 +98,7 @@ def with_photos() -> str:
         for soft, softness in (("", "0.0"), (", softness 1", "1.0"))
         for title, groups in (("groups chosen", "auto"), ("8 groups", "8"), ("32 groups", "32"))
     }
+    plans["target .9"] = "groups=auto, fidelity=0.9, max_softness=32.0"
     plans["target .97"] = "groups=auto, fidelity=0.97, max_softness=32.0"
     lines = []
     for network in NETWORKS:
