@@ -117,14 +117,15 @@ class TunedLayer:
         """With another softness, where that is free, and with a balance for it where there is one."""
         if not self.free_softness:
             return self
-        softer = _because(
-            dataclasses.replace(self.decision, softness=softness), f"softness {softness:g} for the target"
-        )
-        layer = dataclasses.replace(self, decision=softer)
-        if softer.centre is not None:
+        layer = dataclasses.replace(self, decision=dataclasses.replace(self.decision, softness=softness))
+        why = f"softness {softness:g} for the target"
+        if layer.decision.centre is not None:
             layer = layer._with_balance()
-        gain = layer._gain_at(softness)
-        return dataclasses.replace(layer, decision=dataclasses.replace(layer.decision, gain=gain))._with_error()
+            why += (
+                f", balanced for it, {layer.decision.evidence['constant_share']:.2g} of the group's variance constant"
+            )
+        decision = dataclasses.replace(layer.decision, gain=layer._gain_at(softness))
+        return dataclasses.replace(layer, decision=_because(decision, why))._with_error()
 
     def with_level(self) -> TunedLayer:
         """With each group's output as large, in the mean, as it has to be on the photos."""

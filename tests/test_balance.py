@@ -85,6 +85,8 @@ def test_another_softness_has_a_balance_of_its_own() -> None:
     wanted = balanced(pure.seen, 4, Arrangement(), 1e-5, 4.0)
     assert (soft.decision.loudness, soft.decision.centre) == (wanted.loudness, wanted.centre)
     assert soft.decision.evidence["constant_share"] != pure.decision.evidence["constant_share"]
+    share = soft.decision.evidence["constant_share"]
+    assert f"softness 4 for the target, balanced for it, {share:.2g} of the group" in soft.decision.reason
     assert soft.decision.gain is None
     assert soft.with_level().softened(1.0).decision.gain is not None
     assert pure.softened(0.0).decision.loudness == pure.decision.loudness
