@@ -25,7 +25,7 @@ one of .07. With a tenth of this penalty: .449 and .204, but a quarter to a thir
 Why less of it where softness s is a larger constant anyway: the error falls with s, and would no longer outweigh the
 penalty. KL on 96 photos that the plans did not see, corrections and all, 64 photos, with all of \lambda and with this:
 softness 1 / 4 / 32, EfficientNet-Lite0 .099 to .087 / .062 to .047 / .034 to .022; softness 1 / 4, -Lite1 .107 to
-.084 / .057 to .040; softness 1, Lite0, 8 groups .281 to .251, 32 groups .473 to .418. The constant share is 1 to 4 %.
+.084 / .057 to .040; softness 1, Lite0, 8 groups .281 to .251, 32 groups .473 to .418. The constant share is .6 to 4 %.
 
 Why no gain is fitted in the same breath: least squares shrink a disturbed signal, layer after layer (.569 to .747).
 """

@@ -92,18 +92,12 @@ def tuned(
         notes.append(note)
         rivals.append(balanced_layers)
     halves = (Jury(model, photos[::2]), Jury(model, photos[1::2])) if len(photos) >= 2 * LEAST_SAMPLES else None
-
-    def agreement(candidate: Sequence[TunedLayer]) -> float:
-        """Of all photos, each judged with corrections that it had no part in, where there are any."""
-        if halves is None:
-            return Jury(model, photos).score(_decisions(candidate)).agreement or 0.0
-        return tried(_decisions(candidate), halves).agreement or 0.0
-
     if policy.fidelity is not None or halves is None:
         layers = min(rivals, key=lambda one: jury.score(_decisions(one)).distance)
         if policy.fidelity is not None and not jury.is_classifier:
             notes.append(f"the target {policy.fidelity:g} cannot be judged: the network is no classifier")
         elif policy.fidelity is not None:
+            agreement = _agreement(halves or Jury(model, photos))
             layers, note = _soft_enough(layers, agreement, policy.fidelity, policy.max_softness, len(photos))
             notes.append(note)
         rivals = [layers]
@@ -201,6 +195,13 @@ def _balanced(layers: list[TunedLayer], jury: Jury) -> tuple[list[TunedLayer], s
 
 def _decisions(layers: Sequence[TunedLayer]) -> list[Decision]:
     return [layer.decision for layer in layers]
+
+
+def _agreement(photos: Jury | tuple[Jury, Jury]) -> Callable[[Sequence[TunedLayer]], float]:
+    """Of all photos: of two halves, each with corrections fitted on the other one."""
+    if isinstance(photos, Jury):
+        return lambda candidate: photos.score(_decisions(candidate)).agreement or 0.0
+    return lambda candidate: tried(_decisions(candidate), photos).agreement or 0.0
 
 
 def _soft_enough(

@@ -94,12 +94,17 @@ def _ungrouped(writer: Writer, view: Any) -> Any:
 def _gain(writer: Writer, spread: Any) -> Any:
     """`gamma / spread` of every channel, `[N, C, 1, 1]`, in the order of y: the division then costs no pass over x."""
     norm = writer.norm
-    weight = working_order(norm, np.ones(norm.channels) if norm.weight is None else norm.weight)
+    weight = working_weight(norm)
     grouped = [norm.num_groups, norm.channels_per_group, *[1] * (len(spread.shape) - 3)]
     gain = writer.op("Div", writer.constant("affine.weight", weight.reshape(grouped)), spread, shape=[None, *grouped])
     channels = [norm.channels, *[1] * (norm.rank - 2)]
     gain = writer.op("Reshape", gain, writer.shape(0, *channels), shape=[None, *channels])
     return gathered(writer, gain, norm.gather_behind)
+
+
+def working_weight(norm: Norm) -> Array:
+    """gamma in the order of the statistics, 1 where there is none."""
+    return working_order(norm, np.ones(norm.channels) if norm.weight is None else norm.weight)
 
 
 def working_order(norm: Norm, vector: Array) -> Array:

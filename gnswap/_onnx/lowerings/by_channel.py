@@ -37,7 +37,16 @@ from typing import Any
 
 import numpy as np
 
-from gnswap._onnx.lowering import Affine, Form, Lowering, batch_norm, gathered, multiply_add, working_order
+from gnswap._onnx.lowering import (
+    Affine,
+    Form,
+    Lowering,
+    batch_norm,
+    gathered,
+    multiply_add,
+    working_order,
+    working_weight,
+)
 from gnswap._onnx.lowerings.layer_norm import unit_scale
 from gnswap._onnx.norm import Writer
 
@@ -78,8 +87,7 @@ def _map_of(writer: Writer, mean: Any, inverse: Any) -> tuple[Any, Any]:
     sigma = op("Reciprocal", inverse, shape=shape)
     squares = [op("Mul", value, value, shape=shape) for value in (sigma, offset)]
     variance = over_group(op("Add", *squares, shape=shape))
-    ones = np.ones(norm.channels)
-    weight = working_order(norm, ones if norm.weight is None else norm.weight).reshape(1, *shape[1:])
+    weight = working_weight(norm).reshape(1, *shape[1:])
     spread = op("Sqrt", variance, shape=variance.shape)
     gain = op("Div", writer.constant("affine.weight", weight), spread, shape=shape)
     term = op("Mul", gain, offset, shape=shape)
