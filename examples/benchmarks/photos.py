@@ -48,7 +48,7 @@ def photos(cache: Path = CACHE) -> list[Path]:
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            rcc_folder = _download(Path(scratch))
+            rcc_folder = unpacked(PACKAGE, Path(scratch)) / "usr" / "share" / "gcompris-qt" / "rcc"
             fresh = Path(scratch) / "photos"
             unpack(rcc_folder, fresh)
             fresh.rename(folder)
@@ -114,14 +114,19 @@ def read_rcc(blob: bytes) -> Iterator[tuple[str, bytes]]:
     yield from walk(0, ())
 
 
-def _download(scratch: Path) -> Path:
+def unpacked(package: str, scratch: Path) -> Path:
+    """The tree of a Debian package, fetched into `scratch` and unpacked there.
+
+    Raises:
+        SystemExit: this is no Debian-like machine, or apt does not know the package.
+    """
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             sys.exit(
-                f"{tool} is missing: the benchmark photos come from the Debian package {PACKAGE}. "
-                "Run this on Debian or Ubuntu, or unpack the package elsewhere and pass its folder with --rcc"
+                f"{tool} is missing: the photos come from the Debian package {package}. Run this on Debian or Ubuntu"
+                + (", or unpack the package elsewhere and pass its folder with --rcc" if package == PACKAGE else "")
             )
-    command = ["apt-get", "download", PACKAGE]
+    command = ["apt-get", "download", package]
     # apt drops root for a user that cannot write into our folder, and warns about it
     result = subprocess.run(
         [*command, "-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else command,
@@ -134,7 +139,7 @@ def _download(scratch: Path) -> Path:
     if result.returncode or not archives:
         sys.exit(f"{' '.join(command)} failed (try `apt-get update` first): {result.stderr.strip()}")
     subprocess.run(["dpkg", "-x", archives[0], scratch / "tree"], check=True)
-    return scratch / "tree" / "usr" / "share" / "gcompris-qt" / "rcc"
+    return scratch / "tree"
 
 
 def main() -> None:
