@@ -66,8 +66,9 @@ class RefitReport(Record):
     """What refitting did.
 
     Attributes:
-        refitted: whether the network is closer to its original on the photos held out. Where it is not, it was given
-            back bit for bit as it was.
+        refitted: whether the network is closer to its original on the photos held out: by the distance, or where that
+            of a classifier changes by less than its standard error, by the squared error of the logits. Where it is
+            not, it was given back bit for bit as it was.
         verdict: the same in words, with figures.
         photos: how many the weights were fitted on in the end.
         held_out: how many of them judged a first fit, on the others.
@@ -90,9 +91,10 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     """Fit the weights of a converted network's convolutions and linear layers to its original, in place.
 
     No labels and no gradients: least squares, one layer after the other, in one forward pass of each network. First on
-    three photos of four: the fourth judges at the network's output. Where that is no nearer to the original's, the
-    network is given back bit for bit; else it is fitted on all. Layers that run more than once, share their weight, are
-    parametrized, frozen, or of another kind than torch's own (and timm's Conv2dSame) keep their weights.
+    three photos of four: the fourth judges at the network's output. Where that is no nearer to the original's (see
+    `RefitReport.refitted`), the network is given back bit for bit; else it is fitted on all. Layers that run more than
+    once, share their weight, are parametrized, frozen, or of another kind than torch's own (and timm's Conv2dSame) keep
+    their weights.
 
     Use it between `convert` and `heal`, or alone. Healing is judged on every fourth of its own photos: to have that
     done on photos that nothing was fitted on, give `refit` the others only (`gnswap convert --refit --heal` does).
@@ -130,16 +132,17 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     x, judging = parted(singles)
     jury = Jury(original, judging)
     with eval_mode(converted, original), torch.no_grad():
-        before = jury.judge(answers(converted, jury.photos))
+        answers_before = answers(converted, jury.photos)
         names = _fittable(converted, x[:1])
         behind = norms_behind(converted, names, placed(x[:1], converted))
         with _given_back_on_error(converted, names) as give_back:
             layers = _fitted(converted, original, names, behind, x)
-            after = jury.judge(answers(converted, jury.photos))
+            answers_after = answers(converted, jury.photos)
             give_back()
-            helped = after.distance < before.distance
+            helped, note = jury.prefers(answers_after, answers_before)
             if helped:
                 layers = _fitted(converted, original, names, behind, torch.cat(singles))
+    before, after = jury.judge(answers_before), jury.judge(answers_after)
     agreement = None
     if before.agreement is not None and after.agreement is not None:
         agreement = (before.agreement, after.agreement)
@@ -147,7 +150,7 @@ def refit(converted: nn.Module, original: nn.Module, photos: Iterable[Any]) -> R
     did = f"refitted {changed} layers:" if helped else "not refitted: it would take"
     return RefitReport(
         refitted=helped,
-        verdict=f"{did} {before.change(after)} on {len(jury.photos)} photos held out",
+        verdict=f"{did} {before.change(after)} on {len(jury.photos)} photos held out" + (f" ({note})" if note else ""),
         photos=len(singles),
         held_out=len(jury.photos),
         distance=(before.distance, after.distance),

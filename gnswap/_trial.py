@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from gnswap._records import Decision
 from gnswap._running import ROWS, batched, eval_mode, flat, placed
 from gnswap._sites import get
 
+Answers = Sequence[Sequence[Tensor]]
+"""Every floating output of a network, batch by batch."""
 _MOST_JUDGES = 64  # photos held out; more would cost time and decide nothing
 
 
@@ -108,17 +111,56 @@ class Jury:
         with converted(self.model, decisions):
             return self.judge(answers(self.model, self.photos))
 
-    def judge(self, found: Sequence[Sequence[Tensor]]) -> Score:
+    def judge(self, found: Answers) -> Score:
         """Score what `answers` gave for another network on all the photos."""
-        pairs = [pair for one, two in zip(self.expected, found, strict=True) for pair in zip(one, two, strict=True)]
+        pairs = self._pairs(found)
         if not all(bool(ours.isfinite().all()) for _, ours in pairs):
             return Score(float("inf"), 0.0 if self.is_classifier else None)
         if not self.is_classifier:
-            error = sum(float((ours - theirs).square().sum()) for theirs, ours in pairs)
-            return Score(error / max(sum(float(theirs.square().sum()) for theirs, _ in pairs), 1e-30), None)
+            return Score(_squared_error(pairs), None)
         theirs, ours = (torch.cat(side) for side in zip(*pairs, strict=True))
-        distance = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+        distance = _divergences(theirs, ours).mean()
         return Score(float(distance), float((theirs.argmax(1) == ours.argmax(1)).double().mean()))
+
+    def prefers(self, found: Answers, before: Answers) -> tuple[bool, str]:
+        """Whether answers are nearer to the original's than others are, as far as so few photos can tell; a note on it.
+
+        By their distance. Where that of a classifier has changed by less than its standard error over the photos, by
+        the squared error of the logits instead: the KL divergence of a few photos is that of the one or two that the
+        network is least sure of, while every photo and class has a part in the squared error. On 16 photos the
+        divergence refused new weights (`refit`) that brought it from .099 to .064 and from .193 to .168 on others.
+        """
+        one, two = self.judge(found), self.judge(before)
+        if not self.is_classifier or not (math.isfinite(one.distance) and math.isfinite(two.distance)):
+            return one.distance < two.distance, ""
+        ours, others = ([(_centred(a), _centred(b)) for a, b in self._pairs(side)] for side in (found, before))
+        change = torch.cat([_divergences(*pair) for pair in ours]) - torch.cat([_divergences(*pair) for pair in others])
+        if len(change) < 2 or change.mean().abs() > change.std() / math.sqrt(len(change)):
+            return bool(change.mean() < 0), ""
+        errors = _squared_error(others), _squared_error(ours)
+        note = (
+            f"within its standard error, so the squared error of the logits decides: {errors[0]:.3g} to {errors[1]:.3g}"
+        )
+        return errors[1] < errors[0], note
+
+    def _pairs(self, found: Answers) -> list[tuple[Tensor, Tensor]]:
+        return [pair for one, two in zip(self.expected, found, strict=True) for pair in zip(one, two, strict=True)]
+
+
+def _divergences(theirs: Tensor, ours: Tensor) -> Tensor:
+    """KL(theirs ‖ ours) of each row of logits."""
+    return F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def _squared_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of the second of each pair, over the squared size of the first."""
+    sums = [(float((ours - theirs).square().sum()), float(theirs.square().sum())) for theirs, ours in pairs]
+    return sum(error for error, _ in sums) / max(sum(size for _, size in sums), 1e-30)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """What of logits has a meaning: a constant added to all of them changes nothing."""
+    return logits - logits.mean(1, keepdim=True)
 
 
 def answers(model: nn.Module, photos: Iterable[Tensor]) -> list[list[Tensor]]:
