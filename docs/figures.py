@@ -98,17 +98,19 @@ def with_photos() -> str:
         for soft, softness in (("", "0.0"), (", softness 1", "1.0"))
         for title, groups in (("groups chosen", "auto"), ("8 groups", "8"), ("32 groups", "32"))
     }
+    plans["groups of 32 channels, softness 1"] = "group_size=32, softness=1.0"
     plans["target .9"] = "groups=auto, fidelity=0.9, max_softness=32.0"
     plans["target .97"] = "groups=auto, fidelity=0.97, max_softness=32.0"
     lines = []
-    for network in NETWORKS:
+    names = {**{network: network.rpartition("_")[2].capitalize() for network in NETWORKS}, "mobilenetv2_100": "clothes"}
+    for network, name in names.items():
         for title, plan in plans.items():
             cells = []
             for photos, levers in ways.values():
                 wanted = (network, f"{plan}; {photos} photos", levers)
                 found = [row for row in rows if (row["network"], row["conversion"], row["levers"]) == wanted]
                 cells.append(", ".join(found[0][k] for k in ("agreement", "where sure", "KL")) if found else "–")
-            lines.append([f"{network.rpartition('_')[2].capitalize()}, {title}", *cells])
+            lines.append([f"{name}, {title}", *cells])
     return table(["", *ways], lines) + source("fidelity")
 
 

@@ -99,9 +99,42 @@ def test_the_jury() -> None:
 
 def test_a_jury_for_what_is_no_classifier() -> None:
     model, x = build("1-D")
-    score = Jury(model, photos_in([x])).score(plan(model, softness=0).decisions)
+    jury = Jury(model, photos_in([x]))
+    score = jury.score(plan(model, softness=0).decisions)
     assert score.agreement is None
     assert 0 < score.distance < 10
+    far, near = ([[output + error for output in batch] for batch in jury.expected] for error in (0.2, 0.1))
+    assert jury.prefers(near, far) == (True, "")
+    assert jury.prefers(far, near) == (False, "")
+
+
+def test_what_a_jury_prefers() -> None:
+    jury = Jury(lifelike(), photos_in(photos(16)))
+    (expected,) = (torch.cat([batch[0] for batch in jury.expected]),)
+
+    def off_by(*errors: float) -> list[list[torch.Tensor]]:
+        """Answers with the first logit off, by so much on each photo in turn."""
+        found = expected.clone()
+        found[:, 0] += torch.tensor(errors, dtype=found.dtype).repeat(16)[:16]
+        return [[batch] for batch in found.split([len(batch[0]) for batch in jury.expected])]
+
+    even, worse = off_by(0.5), off_by(0.6)
+    assert jury.prefers(even, worse) == (True, "")  # nearer on every photo: no chance in it
+    assert jury.prefers(worse, even) == (False, "")
+    # nearer on all photos but the one that the divergence feels most: that is chance, and the logits decide
+    unsure = expected.softmax(1)[:, 0].sub(0.5).abs().argmin()
+    for far, taken in ((1.8, True), (3.0, False)):
+        errors = [far if photo == unsure else 0.2 for photo in range(16)]
+        found = off_by(*errors)
+        assert jury.judge(found).distance > jury.judge(even).distance
+        nearer, note = jury.prefers(found, even)
+        assert nearer is taken
+        assert note.startswith("within its standard error, so the squared error of the logits decides: ")
+    shifted = [[output + 3.0] for (output,) in even]  # added to all logits alike, which changes no answer
+    assert jury.prefers(shifted, worse) == (True, "")
+    broken = [[output * float("nan")] for (output,) in even]
+    assert jury.prefers(broken, even) == (False, "")
+    assert jury.prefers(even, broken) == (True, "")
 
 
 # groups
