@@ -15,8 +15,9 @@ weights; Nagel et al., 2019, correct biases so).
 
 Why in closed form beside `heal`: some seconds in place of minutes, and a few dozen photos are enough: no step size, no
 noise of batches. Why it is judged at the network's output on photos held out: a fit can lower every layer's error
-and still move the answers. Why not by the divergence of the answers alone: see `Jury.prefers`. Why no views of the photos (`_views`), which `heal` learns from: for statistics of layers
-they are another kind of picture; on a network of our own of the MobileNet kind they took all of the gain away.
+and still move the answers. Why not by the divergence of the answers alone: see `Jury.prefers`. Why no views of the
+photos (`_views`), which `heal` learns from: for statistics of layers they are another kind of picture; on a network of
+our own of the MobileNet kind they took all of the gain away.
 """
 
 from __future__ import annotations
