@@ -110,7 +110,8 @@ def with_photos() -> str:
                 wanted = (network, f"{plan}; {photos} photos", levers)
                 found = [row for row in rows if (row["network"], row["conversion"], row["levers"]) == wanted]
                 cells.append(", ".join(found[0][k] for k in ("agreement", "where sure", "KL")) if found else "–")
-            lines.append([f"{name}, {title}", *cells])
+            if set(cells) != {"–"}:
+                lines.append([f"{name}, {title}", *cells])
     return table(["", *ways], lines) + source("fidelity")
 
 
