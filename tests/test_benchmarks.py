@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +166,31 @@ def test_a_row_of_the_ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert ablation.by_depth(rows).splitlines()[2].count(" / ") == 3
     ablation.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_the_network_that_is_trained_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clothes = script("_clothes", monkeypatch)
+    folder = tmp_path / clothes.PACKAGE
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 28, 28), np.uint8)
+    for part in ("train", "t10k"):
+        for name, head, content in (
+            ("images-idx3", 16, pixels),
+            ("labels-idx1", 8, np.arange(130, dtype=np.uint8) % 10),
+        ):
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + content.tobytes()))
+    photos = clothes.inputs(tmp_path)
+    assert torch.equal(photos[7, 0], torch.tensor(pixels[7]) / 127.5 - 1)
+    x = clothes.enlarged(photos[:4])
+    assert x.shape == (4, 1, 64, 64)
+    trained = clothes.network(tmp_path)
+    assert not trained.training
+    gamma = trained.bn1.weight.detach()
+    assert float(gamma.min()) < 0.5 < float(gamma.max()), "gammas start between 0 and 1"
+    assert trained.bn1.num_batches_tracked == 3, "once through all photos"
+    monkeypatch.setattr(clothes, "_train", None)
+    with torch.no_grad():
+        assert torch.equal(clothes.network(tmp_path)(x), trained(x)), "the second time from the cache"
 
 
 def test_rows_of_any_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
