@@ -172,24 +172,38 @@ def by_depth(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Agreement against the number of photos, a panel for each network, a line for each grouping and softness."""
+    """Agreement against the number of photos: a column for each network, a row for each softness, lines for groups."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(NETWORKS), sharey=True, squeeze=False)[0], NETWORKS, strict=True):
-        lines: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if row["model"] == model and row["levers"] == "all":
-                said, _, count = row["cell"].rpartition("; ")
-                lines.setdefault(said, {})[int(count.split()[0])] = row["fidelity"]["agreement"]
-        for said, points in lines.items():
-            if len(points) > 1:
-                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=said)
-        axes.set(title=model, xlabel="photos that the plan saw", ylabel="agreement with the original", ylim=(0, 1))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    lines: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row["levers"] == "all":
+            said, _, count = row["cell"].rpartition("; ")
+            groups, _, rest = said.partition(", ")
+            panel, line = (rest, groups) if "fidelity" not in rest else ("a stated target", rest.split(",")[0])
+            points = lines.setdefault((row["model"], panel), {}).setdefault(line, {})
+            points[int(count.split()[0])] = row["fidelity"]["agreement"]
+    panels = sorted({panel for _, panel in lines}, key=lambda panel: (not panel.startswith("softness"), panel))
+    ticks = (0, *PHOTOS)
+    figure = Figure(figsize=(14, 2.6 * len(panels) + 1), layout="constrained")
+    grid = figure.subplots(len(panels), len(NETWORKS), sharex=True, sharey="col", squeeze=False)
+    names = sorted({line for found in lines.values() for line in found}, key=lambda line: (line[0] == "f", line))
+    colours = {name: f"C{place}" for place, name in enumerate(names)}
+    drawn: dict[str, Any] = {}
+    for panel, some in zip(panels, grid, strict=True):
+        for model, axes in zip(NETWORKS, some, strict=True):
+            for line, points in sorted(lines.get((model, panel), {}).items()):
+                places = [ticks.index(count) if count in ticks else len(ticks) for count in sorted(points)]
+                agreements = [points[count] for count in sorted(points)]
+                (drawn[line],) = axes.plot(places, agreements, marker="o", markersize=4, color=colours[line])
+            axes.set(xticks=range(len(ticks)), xticklabels=ticks)
+            axes.set_title(f"{model}, {panel}", fontsize="medium")
+            axes.grid(alpha=0.3)
+        some[0].set_ylabel("agreement")
+    for axes in grid[-1]:
+        axes.set_xlabel("photos that the plan saw")
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=100)
 
 
 def report(rows: Rows) -> None:
