@@ -116,7 +116,8 @@ def kept_with_photos() -> str:
 def with_photos() -> str:
     """What unlabelled photos add, for pure GroupNorm, a softness of 1 and a stated target."""
     rows = rows_of("fidelity", "network")
-    ways = {"no photos": (0, "all"), **{f"{n} photos{more}": (n, levers) for n in (64, 183) for more, levers in LEVERS}}
+    refitted = {f"{n} photos{more}": (n, levers) for n in (64, 183) for more, levers in LEVERS}
+    ways = {"no photos": (0, "all"), "16 photos": (16, "all"), **refitted}
     plans = {
         f"{title}{soft}": f"groups={groups}, softness={softness}"
         for soft, softness in (("", "0.0"), (", softness 1", "1.0"))

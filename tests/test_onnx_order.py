@@ -125,6 +125,8 @@ class Excited(nn.Module):
         (Shuffled, 1),
         (Ending, 1),  # behind the concatenation
         (Excited, 1),  # behind the depthwise conv, which keeps the order of the norm before
+        # a conv with as many groups as outputs that reads two channels for each
+        (lambda: nn.Sequential(conv_norm(3, 16), conv_norm(16, 8, groups=8), nn.Conv2d(8, 4, 1)), 2),
     ],
 )
 def test_orders_go_into_the_weights_where_the_graph_allows_it(tmp_path: Path, build: Any, gathers: int) -> None:

@@ -184,7 +184,9 @@ def _passes_on(node: Any) -> bool:
 def _is_depthwise(node: Any) -> bool:
     weight = array_of(node.inputs[1])
     biases = [array_of(value) for value in node.inputs[2:] if value is not None]
-    return weight is not None and _groups(node) == weight.shape[0] and all(bias is not None for bias in biases)
+    # as many groups as outputs may still read several inputs each
+    one_each = weight is not None and weight.shape[1] == 1 and _groups(node) == weight.shape[0]
+    return one_each and all(bias is not None for bias in biases)
 
 
 def _groups(node: Any) -> int:
