@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gnswap import _onnx_profile, _peak_memory, _plain_exports, _providers, _references, _sites, _speed_figure, _timing
+from gnswap import (
+    _matplotlib,
+    _onnx_profile,
+    _peak_memory,
+    _plain_exports,
+    _providers,
+    _references,
+    _sites,
+    _speed_figure,
+    _timing,
+)
 from gnswap._errors import ArgumentError, ExportError
 from gnswap._speed import PARTS, Benchmark, FileSpeed, Operator
 
@@ -76,6 +86,8 @@ def benchmark_onnx(
     for one in (model, original):
         if one is not None:
             _sites.require_plain(one)
+    if figure is not None:
+        _matplotlib.require_place(figure)
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         files = {SUBJECT: os.fspath(path)}

@@ -28,7 +28,7 @@ from gnswap import (
     _cli_tables,
     _cli_validate,
 )
-from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Weights
+from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Threads, Weights
 from gnswap._convert import taught
 from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
@@ -298,6 +298,7 @@ def export(
     autotune: Annotated[
         bool, typer.Option("--autotune", help="Time every form of the norms on this machine and keep the fastest.")
     ] = False,
+    threads: Threads = None,
     fixed_batch: Annotated[
         int | None,
         typer.Option("--fixed-batch", metavar="N", min=1, help="Only for batches of N, at the network's own size."),
@@ -329,6 +330,7 @@ def export(
             dynamic_batch=fixed_batch is None,
             dynamic_size=fixed_batch is None,
             autotune=autotune,
+            threads=threads,
         )
     _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
 

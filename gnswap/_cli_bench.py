@@ -11,7 +11,7 @@ from rich.markup import escape
 
 import gnswap
 from gnswap import _cli_options, _cli_output, _cli_tables
-from gnswap._cli_options import AsJson, Directory, InputShape, OnnxFile, Provider, Rebuilt
+from gnswap._cli_options import AsJson, Directory, InputShape, OnnxFile, Provider, Rebuilt, Threads
 from gnswap._speed import PARTS, Benchmark
 
 
@@ -20,10 +20,7 @@ def bench(
     directory: Directory,
     provider: Provider = "cuda",
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Images in one run.")] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="Threads of the CPU; onnxruntime's choice if not given."),
-    ] = None,
+    threads: Threads = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.1, help="Seconds of measuring, for all files together.")
     ] = 10.0,

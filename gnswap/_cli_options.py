@@ -45,6 +45,12 @@ InputShape = Annotated[
     str | None,
     typer.Option("--input", metavar="CxHxW", help="Shape of one input, such as 3x224x224. timm models know theirs."),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, help="Of the CPU; onnxruntime's choice if not given. A file for 1 is another."
+    ),
+]
 OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What gnswap export wrote.")]
 Provider = Annotated[
     Literal["cpu", "cuda", "tensorrt"],

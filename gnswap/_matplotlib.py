@@ -27,6 +27,24 @@ def require_figure() -> type[Figure]:
     return Figure
 
 
+def require_place(path: str | os.PathLike[str]) -> None:
+    """Refuse, before anything is measured for it, a figure that could not be drawn or written.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        StoreError: there is no directory to write to.
+    """
+    require_figure()
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise StoreError(
+            "the figure cannot be written",
+            where=str(path),
+            expected=f"a file in a directory that exists; there is no {folder}",
+            fix="Make the directory first, or name another file.",
+        )
+
+
 def write_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, whole or not at all.
 

@@ -34,7 +34,9 @@ def _special(name: str, value: Tensor) -> Tensor:
     mean, std = float(wide.mean()), float(wide.std(correction=0)) or 1.0
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # half of the picture black, half white; a vector is no picture, but its halves differ as well
-    halves = torch.where(torch.arange(value.shape[-1]) < value.shape[-1] / 2, -1.0, 1.0).double().expand(value.shape)
+    width = value.shape[-1] if value.dim() else 1
+    halves = torch.where(torch.arange(width) < width / 2, -1.0, 1.0).double().expand(*value.shape[:-1], width)
+    halves = halves.reshape(value.shape)
     made = {
         "all zero": torch.zeros_like(wide),
         "constant": torch.full_like(wide, mean + std),

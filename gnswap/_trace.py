@@ -54,10 +54,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch: bool, dy
             for value, is_batched in zip(inputs, batched, strict=True)
         ]
     batch_axes = [{0: "batch"} if dynamic_batch and is_batched else {} for is_batched in batched]
-    size_axes = [
-        axes | {number + 2: name for number, name in enumerate(SIZE_NAMES.get(value.dim(), ()))}
-        for axes, value in zip(batch_axes, inputs, strict=True)
-    ]
+    size_axes = [axes | sizes for axes, sizes in zip(batch_axes, _size_axes(inputs), strict=True)]
     notes: tuple[str, ...] = ()
     if dynamic_size and size_axes != batch_axes:
         reason = _known_obstacle(model)
@@ -72,6 +69,22 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch: bool, dy
         sizes = ", ".join("x".join(map(str, value.shape[2:])) for value in inputs if value.dim() in SIZE_NAMES)
         notes = (f"height and width are fixed at {sizes}: {reason}",)
     return Traced(_export(model, inputs, batch_axes), batch_axes, notes)
+
+
+def _size_axes(inputs: Sequence[Tensor]) -> list[dict[int, str]]:
+    """Names of the axes after C. Axes of one name have one length in every run, so another length has another name."""
+    lengths: dict[str, list[int]] = {}
+    named: list[dict[int, str]] = []
+    for value in inputs:
+        names = {}
+        for axis, name in enumerate(SIZE_NAMES.get(value.dim(), ()), start=2):
+            seen = lengths.setdefault(name, [])
+            if value.shape[axis] not in seen:
+                seen.append(value.shape[axis])
+            place = seen.index(value.shape[axis])
+            names[axis] = f"{name}_{place + 1}" if place else name
+        named.append(names)
+    return named
 
 
 def _known_obstacle(model: nn.Module) -> str | None:
@@ -115,7 +128,7 @@ def _wrong_at_other_sizes(
     for height, width in ((1, 0), (0, 1), (32, 32), (33, 65)):
         grow = {"height": height, "width": width, "length": height + width, "depth": height % 32}
         others = [
-            _grown(value, [(axis, grow.get(name, 0)) for axis, name in one.items()])
+            _grown(value, [(axis, grow.get(name.partition("_")[0], 0)) for axis, name in one.items()])
             for value, one in zip(inputs, axes, strict=True)
         ]
         with torch.no_grad():

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from gnswap import _onnx_profile, _peak_memory, _plain_exports, _timing
 from gnswap._apply import apply
 from gnswap._benchmark import DEFAULT, FOLDED, GRAPHED, SUBJECT, benchmark_onnx
-from gnswap._errors import ArgumentError, ExportError, MissingDependencyError, ProviderError, WrappedModelError
+from gnswap._errors import (
+    ArgumentError,
+    ExportError,
+    MissingDependencyError,
+    ProviderError,
+    StoreError,
+    WrappedModelError,
+)
 from gnswap._export import export_onnx
 from gnswap._onnx_scopes import load
 from gnswap._plan import plan
@@ -172,6 +179,14 @@ def test_arguments(path: Path, inputs: Tensor, original: nn.Module) -> None:
         benchmark_onnx(path, inputs[:1], provider="cpu")
     with pytest.raises(WrappedModelError, match="DataParallel"):
         benchmark_onnx(path, inputs, provider="cpu", model=nn.DataParallel(original))
+
+
+def test_a_figure_without_a_place_is_refused_before_anything_is_measured(
+    path: Path, inputs: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gnswap._timing.runner", None)
+    with pytest.raises(StoreError, match=r"there is no .*nowhere"):
+        benchmark_onnx(path, inputs, provider="cpu", figure=tmp_path / "nowhere" / "speed.png")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a CUDA device")

@@ -657,6 +657,19 @@ def test_export_for_one_batch_size(run: Run) -> None:
     assert run("export", *arguments, "-o", "o.onnx", "--fixed-batch", "0").exit_code == 2
 
 
+def test_export_for_one_thread(run: Run) -> None:
+    assert run("convert", "nets:small", "-o", "out", "--groups", "2").exit_code == 0
+    forms = []
+    for threads in ("1", "2"):
+        result = run(
+            "export", "out", "-o", "o.onnx", "--model", "nets:small", "--target", "cpu", "--threads", threads, "--json"
+        )
+        assert result.exit_code == 0, result.stderr
+        forms.append({norm["lowering"] for norm in json.loads(result.stdout)["norms"]})
+    assert forms[0] == {"instance_norm_conv"}
+    assert "layer_norm_conv" in forms[1]
+
+
 def test_networks_that_do_not_say_what_they_take(run: Run) -> None:
     assert run("convert", "nets:silent", "-o", "out").exit_code == 0
     arguments = ("export", "out", "-o", "o.onnx", "--model", "nets:silent")

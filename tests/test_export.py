@@ -179,6 +179,33 @@ def test_two_to_five_dimensions_and_several_inputs(ranks: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+class TwoSizes(nn.Module):
+    """An image and its thumbnail: axes of two lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = FusedGroupNorm(2, 8), FusedGroupNorm(4, 8)
+
+    def forward(self, image: Tensor, thumbnail: Tensor) -> Tensor:
+        large = torch.cos(3 * torch.sin(self.large(image)))  # onnxruntime uses the memory of one for the other
+        small = torch.cos(3 * torch.sin(self.small(thumbnail) + large.mean()))
+        return large.mean((2, 3)) + small.mean((2, 3))
+
+
+def test_axes_of_two_lengths_have_two_names(tmp_path: Path) -> None:
+    model = TwoSizes().eval()
+    inputs = (torch.randn(2, 8, 32, 40), torch.randn(2, 8, 32, 16))
+    report = export_onnx(model, tmp_path / "two.onnx", inputs)
+    assert [one.shape for one in report.inputs] == [
+        ("batch", "8", "height", "width"),
+        ("batch", "8", "height", "width_2"),
+    ]
+    others = (torch.randn(1, 8, 24, 30), torch.randn(1, 8, 24, 47))
+    for case in (inputs, others):
+        with torch.no_grad():
+            torch.testing.assert_close(run(report, *case)[0], model(*case), rtol=0, atol=1e-5)
+
+
 def test_a_converted_resnet_at_other_batches_and_sizes(resnet: Case) -> None:
     model, report = resnet
     for shape in [(2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 95, 70)]:

@@ -89,6 +89,7 @@ def test_special_inputs(parity: Parity, inputs: tuple[Tensor, Tensor]) -> None:
     assert float(steep.mean() / steep.std()) == pytest.approx(30, rel=0.1)
     assert float(made["tiny variance"][0].std() / inputs[0][:1].std()) == pytest.approx(1e-4, rel=0.1)
     assert float(made["huge contrast"][0].std() / inputs[0][:1].std()) == pytest.approx(1e3, rel=0.01)
+    assert dict(_stress.special_cases((torch.tensor(2.0),), [{}]))["huge contrast"][0].shape == ()
     counted = torch.tensor([[1, 2]])
     assert not list(_stress.special_cases((counted,), [{}]))  # integers mean something
 

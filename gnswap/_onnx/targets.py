@@ -89,7 +89,7 @@ _OTHERS = (
     Target(
         "tensorrt",
         "tensorrt",
-        (INSTANCE_NORM, LAYER_NORM, LAYER_NORM_BATCH_NORM),
+        (INSTANCE_NORM, LAYER_NORM, LAYER_NORM_BATCH_NORM, TWO_STEP),
         "TensorRT has a layer of its own for it; not timed: autotune on the GPU finds the fastest",
         shape_nodes=False,
         max_opset=21,
@@ -128,7 +128,9 @@ def candidates(norm: Norm, target: Target) -> list[tuple[Lowering, str]]:
         ranked = [*((lowering, reason) for lowering in target.single_row), *ranked]
     if not norm.is_half and (norm.row_length is None or norm.row_length > _LONG_ROW):
         reason = "keeps its digits in rows of any length"
-        ranked = [*((lowering, reason) for lowering in target.long_row), *ranked]
+        exact = [(lowering, reason) for lowering in target.long_row]
+        # whoever times the candidates must not find a faster one that loses them
+        ranked = exact if any(refusal(one, norm, target) is None for one, _ in exact) else [*exact, *ranked]
     if norm.is_half:
         casting = [(lowering, reason) for lowering, reason in ranked if lowering.half_casts]
         reason = "keeps its statistics in fp32 without casts"
