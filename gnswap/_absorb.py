@@ -40,11 +40,13 @@ def with_absorbed(model: nn.Module, decisions: Sequence[Decision]) -> tuple[list
     """
     try:
         copy = skeleton(model)
-        found, reasons = _found(copy, decisions)
+        tracer = _Tracer(copy)
+        before = _traced(copy, tracer)
+        found, reasons = _found(copy, decisions, [_calls(copy, graph) for graph in before])
         for paths in found.values():
             replace(copy, paths, nn.Identity())
-        if found:
-            _traced(copy)
+        if [str(graph) for graph in _traced(copy, tracer)] != [str(graph) for graph in before]:
+            return list(decisions), ["no activation absorbed: forward does something else where one is missing"]
     except Exception as error:  # forward is anybody's code, and fx raises what it likes
         text = (str(error).splitlines() or [""])[0]
         return list(decisions), [
@@ -107,10 +109,9 @@ def given_back(layer: nn.Module, place: nn.Module) -> nn.Module:
 
 
 def _found(
-    model: nn.Module, decisions: Sequence[Decision]
+    model: nn.Module, decisions: Sequence[Decision], graphs: Sequence[_Calls]
 ) -> tuple[dict[tuple[str, ...], tuple[str, ...]], dict[str, list[str]]]:
     """Paths of norms with the paths of their activations, and the reasons of those that stay, with their norms."""
-    graphs = _traced(model)
     paths_of: dict[int, list[str]] = {}
     for path, module in walk(model):
         paths_of.setdefault(id(module), []).append(path)
@@ -146,19 +147,23 @@ class _Tracer(fx.Tracer):
         return plain or id(m) in self._norms or id(m) not in self._holders
 
 
-def _traced(model: nn.Module) -> list[_Calls]:
+def _traced(model: nn.Module, tracer: _Tracer) -> list[fx.Graph]:
+    """What forward does in training and in evaluation."""
     graphs = []
     for training in (True, False):
         model.train(training)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # what a forward has to say about symbols
-            graph = _Tracer(model).trace(model)
-        calls: _Calls = {}
-        for node in graph.nodes:
-            if node.op == "call_module":
-                calls.setdefault(id(_module(model, node)), []).append(node)
-        graphs.append(calls)
+            graphs.append(tracer.trace(model))
     return graphs
+
+
+def _calls(model: nn.Module, graph: fx.Graph) -> _Calls:
+    calls: _Calls = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(id(_module(model, node)), []).append(node)
+    return calls
 
 
 def _module(model: nn.Module, node: fx.Node) -> nn.Module:

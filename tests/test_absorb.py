@@ -152,6 +152,14 @@ def in_a_list(self: nn.Module, y: Tensor) -> Tensor:
     return self.hidden[0][0](y)
 
 
+def past_its_call(self: nn.Module, y: Tensor) -> Tensor:
+    return self.act.forward(self.act(y) * 2)
+
+
+def by_its_kind(self: nn.Module, y: Tensor) -> Tensor:
+    return self.act(y) * (2.0 if isinstance(self.act, nn.SiLU) else 1.0)
+
+
 def by_value(self: nn.Module, y: Tensor) -> Tensor:
     return self.act(y) if y.sum() > 0 else y
 
@@ -163,6 +171,8 @@ def by_value(self: nn.Module, y: Tensor) -> Tensor:
         (read_twice, "something else reads the norm's output as well"),
         (norm_twice, "the norm is called in several places"),
         (only_in_training, "something else reads the norm's output as well"),
+        (past_its_call, "forward does something else where one is missing"),
+        (by_its_kind, "forward does something else where one is missing"),
         (by_value, "torch.fx cannot follow it (TraceError"),
         (in_a_list, "torch.fx cannot follow it (NameError"),
     ],

@@ -152,7 +152,10 @@ def _in_cache(name: str, sources: list[Path], made_for: Any, compile_: Callable[
     digest = hashlib.sha256(repr((made_for, platform.machine(), sys.platform)).encode())
     for source in sorted(sources):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gnswap"
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gnswap"
+    except RuntimeError as error:  # a user of a container that is in no list of users
+        raise _CannotBuildError(f"nowhere to keep them, set XDG_CACHE_HOME: {error}") from error
     path = directory / f"{name}-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
@@ -170,7 +173,10 @@ def _in_cache(name: str, sources: list[Path], made_for: Any, compile_: Callable[
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise _CannotBuildError(f"CXX is no command: {error}") from error
     for command in [named] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
@@ -227,10 +233,15 @@ def _linked(compiler: list[str], objects: list[str], build: Path, *libraries: st
 def _run_all(commands: list[list[str]]) -> None:
     """Run compiler commands side by side; the first that fails is the reason, and ends the others."""
     with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-            for command in commands
-        ]
+        try:
+            running = [
+                stack.enter_context(
+                    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                )
+                for command in commands
+            ]
+        except OSError as error:
+            raise _CannotBuildError(f"{commands[0][0]} cannot be run: {error}") from error
         try:
             for process in running:
                 _, errors = process.communicate(timeout=_COMPILE_SECONDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -67,17 +68,30 @@ DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _gradients(case: Case, dy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _leaves(case: Case) -> tuple[Case, dict[str, Tensor]]:
+    """The call with all gradients that Triton computes; if these two asked for theirs, all would come from ATen."""
     case, leaves = case.leaves()
-    # these two are ATen's, also on CUDA
-    leaves = {name: leaf for name, leaf in leaves.items() if name not in ("channel_scale", "channel_shift")}
+    for name in ("channel_scale", "channel_shift"):
+        leaves.pop(name).requires_grad_(False)
+    return case, leaves
+
+
+def _gradients(case: Case, dy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    case, leaves = _leaves(case)
     y = case()
     return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
 
 
 def triton_is_used() -> None:
+    """In both directions."""
+    from gnswap.ops._triton import _launch
+
     for dtype in DTYPES:
         assert choose_backend("cuda", dtype).name == "triton", choose_backend("cuda", dtype).reason
+        case = SETTINGS["flat, 7x7"].case(dtype)
+        with mock.patch.object(_launch, "backward", wraps=_launch.backward) as backward:
+            _gradients(case, torch.ones_like(case.x))
+        assert backward.call_count == 1
 
 
 def is_accurate(setting: Setting, dtype: torch.dtype, act: str | None = "relu", mean: float = 0.0) -> None:
@@ -112,7 +126,7 @@ def graph_capture(setting: Setting) -> None:
     """A training step captured once and replayed on other data."""
     case = setting.case(torch.float16)
     dy = torch.randn_like(case.x)
-    static, leaves = case.leaves()
+    static, leaves = _leaves(case)
     inputs = [leaves["x"], leaves["weight"], leaves["bias"]]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -277,7 +277,11 @@ def leftovers(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("/nowhere/g++", "CXX=/nowhere/g++ is not a program"), ("false -x", "false failed with code 1: no output")],
+    [
+        ("/nowhere/g++", "CXX=/nowhere/g++ is not a program"),
+        ("false -x", "false failed with code 1: no output"),
+        ("g++ -D'X=a", "CXX is no command: No closing quotation"),
+    ],
 )
 def test_a_compiler_that_does_not_work_is_one_log_line_and_aten(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, reason: str
@@ -303,6 +307,22 @@ def test_the_compilers_message_is_the_reason(monkeypatch: pytest.MonkeyPatch, tm
     )
     monkeypatch.setenv("CXX", script)
     assert _cpu_library._load() == f"{script} failed with code 3: op.cpp:1: error: no header"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_compiler_that_no_system_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", script := program(tmp_path / "cxx", "no program"))
+    assert _cpu_library._load() == f"{script} cannot be run: [Errno 8] Exec format error: '{script}'"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(_cpu_library.Path, "home", home)
+    found = _cpu_library._load()
+    assert found == "nowhere to keep them, set XDG_CACHE_HOME: Could not determine home directory."
 
 
 @pytest.mark.usefixtures("cache")

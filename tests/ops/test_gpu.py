@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import _gpu_checks
 import pytest
 import torch
+from _cases import full_case
 from _gpu_checks import SETTINGS, Setting, all_checks
 
 from gnswap.ops._triton._config import Machine, Problem, choose_config
@@ -59,6 +63,24 @@ def test_the_checks_themselves_run(monkeypatch: pytest.MonkeyPatch, name: str) -
     monkeypatch.setattr(_gpu_checks, "DEVICE", "cpu")
     _gpu_checks.is_accurate(SETTINGS[name], torch.float16, mean=10.0)
     _gpu_checks.batch_does_not_matter(SETTINGS[name])
+
+
+def test_the_checks_ask_for_what_triton_computes() -> None:
+    """A gradient of the standardisation is ATen's, and then all the others are too."""
+    case, leaves = _gpu_checks._leaves(full_case())
+    assert set(leaves) == {"x", "weight", "bias", "residual"}
+    assert all(leaf.requires_grad for leaf in leaves.values())
+    assert case.channel_scale is not None
+    assert case.channel_shift is not None
+    assert not case.channel_scale.requires_grad
+    assert not case.channel_shift.requires_grad
+
+
+def test_the_checks_need_no_test_framework() -> None:
+    """`gpu.py` runs them on machines that have torch and triton."""
+    code = "import sys\nfor name in ('hypothesis', 'pytest'): sys.modules[name] = None\n"
+    code += "import _gpu_checks\nassert _gpu_checks.all_checks()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
 
 
 def test_the_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import Case, cases, full_case, laid_out
+from _cases import Case, full_case, laid_out
+from _strategies import cases
 from _tolerance import assert_as_good_as, max_error, max_size
 from hypothesis import assume, given, settings
 from torch import Tensor

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import Case, cases, full_case
+from _cases import Case, full_case
+from _strategies import cases
 from hypothesis import given
 
 from gnswap import ops
