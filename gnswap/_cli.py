@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import torch
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
@@ -21,6 +20,7 @@ import gnswap
 from gnswap import (
     _cli_bench,
     _cli_explain,
+    _cli_export,
     _cli_finetune,
     _cli_models,
     _cli_options,
@@ -28,7 +28,7 @@ from gnswap import (
     _cli_tables,
     _cli_validate,
 )
-from gnswap._cli_options import AsJson, Directory, InputShape, ModelName, Pretrained, Rebuilt, Threads, Weights
+from gnswap._cli_options import AsJson, ModelName, Pretrained, Weights
 from gnswap._convert import taught
 from gnswap._errors import GnswapError, NothingToSwapError
 from gnswap._photos import PhotoBatches
@@ -281,60 +281,7 @@ def convert(
     _cli_output.result(data, [*views, seen], as_json)
 
 
-@app.command()
-def export(
-    directory: Directory,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="The file to write.")],
-    target: Annotated[
-        Literal["portable", "cpu", "cuda", "tensorrt"],
-        typer.Option("--target", help="Where it should be fastest; the operators are standard ones in any case."),
-    ] = "portable",
-    dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None,
-        typer.Option(
-            "--dtype", help="Of weights, inputs and outputs; statistics stay in fp32. Default: the network's."
-        ),
-    ] = None,
-    autotune: Annotated[
-        bool, typer.Option("--autotune", help="Time every form of the norms on this machine and keep the fastest.")
-    ] = False,
-    threads: Threads = None,
-    fixed_batch: Annotated[
-        int | None,
-        typer.Option("--fixed-batch", metavar="N", min=1, help="Only for batches of N, at the network's own size."),
-    ] = None,
-    model: Rebuilt = None,
-    input_shape: InputShape = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a converted network as ONNX, with dynamic batch, height and width, checked by onnx's own checker.
-
-    **Examples**
-
-        gnswap export resnet50-gn -o resnet50-gn.onnx
-
-        gnswap export resnet50-gn -o resnet50-gn.onnx --target cpu --autotune
-
-        gnswap export out -o out.onnx --model mypackage.models:build --input 3x64x64
-    """
-    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    network = _cli_options.load(directory, model)
-    example = _cli_options.example(network, input_shape, fixed_batch or 2)
-    with _cli_output.step(f"exporting to {output}"), _cli_output.warnings_as_notes():
-        report = gnswap.export_onnx(
-            network,
-            output,
-            example,
-            target=target,
-            dtype=None if dtype is None else getattr(torch, dtypes[dtype]),
-            dynamic_batch=fixed_batch is None,
-            dynamic_size=fixed_batch is None,
-            autotune=autotune,
-            threads=threads,
-        )
-    _cli_output.result(report.to_dict(), _cli_tables.record_view(report, f"exported {output}"), as_json)
-
-
+app.command()(_cli_export.export)
 app.command()(_cli_finetune.finetune)
 app.command()(_cli_validate.validate)
 app.command()(_cli_bench.bench)

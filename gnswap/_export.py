@@ -108,7 +108,8 @@ def export_onnx(
             is not dynamic.
         target: "portable": operators that every runtime has; "cpu", "cuda", "tensorrt": what is fastest there.
             All are standard operators and run everywhere.
-        dtype: of weights, inputs and outputs of the file; None keeps the model's. Statistics stay in fp32.
+        dtype: of weights, inputs and outputs of the file; None keeps the model's. Statistics stay in fp32. bf16 is for
+            a GPU: onnxruntime's CPU provider has no convolutions in it, and target "cpu" refuses it.
         dynamic_batch: whether the batch size may change from call to call.
         dynamic_size: whether height and width may. Where the network does not allow it the example's size is
             written, and the report's notes say why.
@@ -140,6 +141,7 @@ def export_onnx(
     onnx = onnx_graph.require_onnx()
     prepared, dtype, exact = plain.plain(model, dtype)
     wanted = targets.target_of(target, threads)
+    _check_runnable(dtype, wanted)
     opset = _checked_opset(opset, dtype, wanted)
     inputs = _checked_inputs(example_input, dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -153,7 +155,8 @@ def export_onnx(
                 fix="example_input is what forward takes, in its order; several inputs go in a tuple.",
             ) from error
     traced = _trace.trace(prepared, inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    compiled = _translate(traced, _input_names(prepared, len(inputs)), _output_names(example_output), opset)
+    input_names = _input_names(prepared, len(inputs))
+    compiled = _translate(traced, input_names, _output_names(example_output, input_names), opset)
 
     graph = compiled.graph
     known = {*prepared.state_dict(), *(name for name, _ in prepared.named_buffers())}
@@ -217,6 +220,17 @@ def _check_options(path: Path, target: str, dtype: torch.dtype | None, threads: 
         raise ArgumentError("no such folder", where="path", found=str(path.parent), fix="Make it first.")
 
 
+def _check_runnable(dtype: torch.dtype, target: targets.Target) -> None:
+    if target.name == "cpu" and dtype == torch.bfloat16:
+        raise ArgumentError(
+            "onnxruntime's CPU provider has no convolutions in bf16",
+            where="dtype",
+            expected="fp32 or fp16 for target cpu",
+            found="bf16",
+            fix="For a GPU: target cuda or tensorrt.",
+        )
+
+
 def _checked_opset(opset: int | None, dtype: torch.dtype, target: targets.Target) -> int:
     least = 22 if dtype == torch.bfloat16 else 18
     # where the standard has no older form, the newest kernels are the only ones
@@ -260,8 +274,8 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def _output_names(output: Any) -> list[str]:
-    """ "output" where there is one, keys of a dict, and "output_0", "output_1" of a tuple."""
+def _output_names(output: Any, taken: Sequence[str]) -> list[str]:
+    """ "output" where there is one, keys of a dict, and "output_0", "output_1" of a tuple; none that is `taken`."""
     leaves = [(path, leaf) for path, leaf in torch.utils._pytree.tree_flatten_with_path(output)[0] if leaf is not None]
     if not leaves or not all(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise ExportError(
@@ -273,7 +287,7 @@ def _output_names(output: Any) -> list[str]:
     names = []
     for path, _ in leaves:
         keys = [str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", "")))) for entry in path]
-        if not keys or keys[0].isdigit():
+        if not keys or keys[0].isdigit() or "_".join(keys) in taken:
             keys.insert(0, "output")
         names.append("_".join(keys))
     return names
@@ -310,7 +324,7 @@ def _target_notes(norms: tuple[NormExport, ...]) -> tuple[str, ...]:
         return ()
     return (
         f"{len(single)} layers have one group: TensorRT 10.16 computes these as instance norm "
-        "(NVIDIA/TensorRT#4756); export for target tensorrt, with fixed sizes, for use there",
+        "(NVIDIA/TensorRT#4756); export for target tensorrt for use there",
     )
 
 

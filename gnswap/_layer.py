@@ -154,17 +154,11 @@ class FusedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `x`; `residual`, of the same shape, is added before the activation."""
-        if x.ndim > 1 and x.shape[1] != self.num_channels:
-            raise ArgumentError(
-                "x does not have the channels of this layer",
-                where="FusedGroupNorm",
-                expected=str(self.num_channels),
-                found=str(x.shape[1]),
-            )
         weight, bias = self.effective_affine()
         fused_act = self.fused_act
-        y = ops.group_norm(
+        y = _normalised(
             x,
+            self.num_channels,
             self.num_groups,
             weight,
             bias,
@@ -220,6 +214,18 @@ class FusedGroupNorm(nn.Module):
                 "(gnswap.revert gives the BatchNorm back)."
             )
         return super().__getattr__(name)
+
+
+@torch.fx.wrap  # one node where torch.fx traces a network, as its feature extractors do
+def _normalised(x: Tensor, num_channels: int, *args: Any, **kwargs: Any) -> Tensor:
+    if x.ndim > 1 and x.shape[1] != num_channels:
+        raise ArgumentError(
+            "x does not have the channels of this layer",
+            where="FusedGroupNorm",
+            expected=str(num_channels),
+            found=str(x.shape[1]),
+        )
+    return ops.group_norm(x, *args, **kwargs)
 
 
 def softened(gain: Tensor, change: float) -> Tensor:

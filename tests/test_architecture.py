@@ -136,7 +136,17 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"_cli", "_cli_bench", "_cli_explain", "_cli_options", "_cli_validate", "_demo", "__main__", "__init__"}
+        {
+            "_cli",
+            "_cli_bench",
+            "_cli_explain",
+            "_cli_export",
+            "_cli_options",
+            "_cli_validate",
+            "_demo",
+            "__main__",
+            "__init__",
+        }
         | {"_cli_finetune"}
     ),
 )
@@ -248,6 +258,9 @@ SAME_FLOOR = {
     ("_cli", "_cli_explain"): "one of its commands",
     ("_cli_explain", "_cli_options"): "what several commands share",
     ("_cli_explain", "__init__"): "it calls the verb by its public name",
+    ("_cli", "_cli_export"): "one of its commands",
+    ("_cli_export", "_cli_options"): "what several commands share",
+    ("_cli_export", "__init__"): "it calls the verb by its public name",
     ("_cli", "_cli_options"): "what several commands share",
     ("_cli", "_cli_validate"): "one of its commands",
     ("_cli_validate", "_cli_options"): "what several commands share",

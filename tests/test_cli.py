@@ -657,6 +657,18 @@ def test_export_for_one_batch_size(run: Run) -> None:
     assert run("export", *arguments, "-o", "o.onnx", "--fixed-batch", "0").exit_code == 2
 
 
+def test_export_for_one_size_and_an_opset(run: Run) -> None:
+    assert run("convert", "nets:small", "-o", "out").exit_code == 0
+    arguments = ("export", "out", "-o", "o.onnx", "--model", "nets:small", "--fixed-size")
+    result = run(*arguments, "--opset", "21", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["dynamic_axes"], report["opset"]) == (["batch"], 21)
+    result = run(*arguments, "--opset", "17")
+    assert result.exit_code == 1
+    assert "18 to 24" in said(result)
+
+
 def test_export_for_one_thread(run: Run) -> None:
     assert run("convert", "nets:small", "-o", "out", "--groups", "2").exit_code == 0
     forms = []

@@ -381,6 +381,7 @@ def test_dtype_float32_casts_a_copy() -> None:
         ({"opset": 22, "target": "cuda"}, "18 to 21 for target cuda"),
         ({"opset": 21, "dtype": torch.bfloat16}, "22 to 24 for target portable and torch.bfloat16"),
         ({"opset": 17}, "opset out of range"),
+        ({"target": "cpu", "dtype": torch.bfloat16}, "no convolutions in bf16.*found bf16.*target cuda"),
         ({"path": "nowhere/net.onnx"}, "no such folder.*nowhere"),
         ({"example_input": ()}, "not an input.*found nothing"),
         ({"example_input": (1.0,)}, "not an input.*found float"),
@@ -406,7 +407,18 @@ def test_wrapped_models_are_refused(tmp_path: Path) -> None:
 
 def test_outputs_that_are_no_tensors_are_refused() -> None:
     with pytest.raises(ExportError, match=r"not made of tensors.*found Tensor, int"):
-        _export._output_names({"a": torch.ones(1), "b": 3})
+        _export._output_names({"a": torch.ones(1), "b": 3}, ())
+
+
+def test_an_output_that_is_called_as_the_input(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"input": x + 1, "logits": x * 2}
+
+    x = torch.randn(2, 3)
+    report = export_onnx(Named(), tmp_path / "net.onnx", x)
+    assert [one.name for one in report.outputs] == ["output_input", "logits"]
+    assert torch.equal(torch.as_tensor(run(report, x)[0]), x + 1)
 
 
 def test_activations_are_all_covered() -> None:

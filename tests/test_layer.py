@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -299,6 +300,16 @@ def test_compiles_as_one_graph(act: str | nn.Module | None) -> None:
     layer, x = standardised(act=act), x6(5)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, x.flip(0)), layer(x, x.flip(0)))
+
+
+@pytest.mark.parametrize("act", ["silu", nn.SiLU(), nn.Mish(), None])
+def test_fx_traces_through_it(act: str | nn.Module | None) -> None:
+    """As torchvision's and timm's feature extractors do."""
+    layer, x = standardised(act=act), x6(5)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer, nn.Flatten()))
+    assert torch.equal(traced(x), layer(x).flatten(1))
+    with pytest.raises(ArgumentError, match="channels of this layer"):
+        traced(x[:, :3])
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked", "track_running_stats"])

@@ -61,11 +61,6 @@ def backward_kernel(
     return dx, dweight, dbias, dresidual
 
 
-def single_elements(x: Tensor, num_groups: int) -> bool:
-    """Whether groups have one element: nothing to compute, and a rounding of it would be divided by sqrt(eps)."""
-    return x.numel() == x.shape[0] * num_groups
-
-
 def mixed(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the residual is of another dtype; the kernels know one, so both become what they compute in."""
     return residual is not None and residual.dtype != x.dtype
@@ -87,10 +82,8 @@ def group_norm(
     channel_shift: Tensor | None,
     channel_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward; arguments and results as in `_reference.group_norm`. `x` must not be empty."""
+    """Forward; arguments and results as in `_reference.group_norm`. Groups must have two elements or more."""
     channels = (channel_scale, channel_shift, channel_order)
-    if single_elements(x, num_groups):
-        return _aten.group_norm(x, num_groups, weight, bias, eps, act, residual, *channels)
     if residual is not None and mixed(x, residual):
         wide = accumulation_dtype(x.dtype)
         y, mean, rstd = group_norm(x.to(wide), num_groups, weight, bias, eps, act, residual.to(wide), *channels)
@@ -118,11 +111,9 @@ def group_norm_backward(
     channel_order: Tensor | None,
     mask: list[bool],
 ) -> Gradients:
-    """Backward from saved statistics; `mask` says which of the six gradients are wanted. `x` must not be empty."""
+    """Backward from saved statistics; `mask` says which gradients are wanted. Groups must have two elements or more."""
     channels = (channel_scale, channel_shift, channel_order)
     arguments = (dy, x, mean, rstd, num_groups, weight, bias, act, residual, *channels)
-    if single_elements(x, num_groups):
-        return _aten.group_norm_backward(*arguments, mask)
     if residual is not None and mixed(x, residual):
         wide = accumulation_dtype(x.dtype)
         narrow = (dy.to(wide), x.to(wide), *arguments[2:8], residual.to(wide), *channels)

@@ -166,7 +166,10 @@ def _in_cache(name: str, sources: list[Path], made_for: Any, compile_: Callable[
             if not path.exists():  # another process may have been first
                 _log.info("compiling the C++ GroupNorm kernels with %s, once, into %s", compiler[0], path)
                 with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as build:
-                    compile_(compiler, Path(build)).replace(path)
+                    made = compile_(compiler, Path(build))
+                    with made.open("rb") as file:  # a crash of the machine must not leave half of it under its name
+                        os.fsync(file.fileno())
+                    made.replace(path)
     except OSError as error:
         raise _CannotBuildError(f"cannot write the cache directory {directory}: {error}") from error
     return path

@@ -251,6 +251,13 @@ def test_zero_variance_gives_the_bias_and_a_bounded_gradient(dtype: torch.dtype)
     assert dx.abs().max() < 4 / case.eps**0.5
 
 
+@pytest.mark.parametrize("backend", ["cpp", "aten", "reference"])
+def test_a_single_element_is_exactly_zero(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gnswap.ops._op.choose_backend", lambda *_: Backend(backend, "a test"))
+    x = 30 + torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ops.group_norm(x, 6, 3 * torch.rand(6)), torch.zeros(50, 6))
+
+
 def test_groups_of_a_single_element_normalise_to_zero() -> None:
     """D*S = 1: torch's nn.GroupNorm raises for N = 1 here; variance 0 has a well-defined answer."""
     case = replace(full_case((3, 6), 6, "relu"), channel_scale=None, channel_shift=None)
