@@ -33,11 +33,13 @@ class Problem:
     groups: int = 32
     channels_last: bool = False
     dtype: torch.dtype = torch.float16
+    ordered: bool = False
 
     def __str__(self) -> str:
         layout = "NHWC" if self.channels_last else "NCHW"
         dtype = str(self.dtype).removeprefix("torch.float")
-        return f"N{self.batch} C{self.channels} {self.height}x{self.width} G{self.groups} {layout} fp{dtype}"
+        order = " ordered" * self.ordered
+        return f"N{self.batch} C{self.channels} {self.height}x{self.width} G{self.groups} {layout} fp{dtype}{order}"
 
     @property
     def bytes(self) -> int:
@@ -48,7 +50,13 @@ class Problem:
         """What the choice of the kernels sees."""
         per_group = self.channels // self.groups
         sizes = (self.groups, per_group, self.height * self.width, self.dtype.itemsize)
-        return Cut(*sizes, channels_last=self.channels_last, backward=backward, act="relu")
+        return Cut(*sizes, channels_last=self.channels_last, ordered=self.ordered, backward=backward, act="relu")
+
+    def order(self, device: str) -> Tensor | None:
+        """A channel order, where this problem has one."""
+        if not self.ordered:
+            return None
+        return torch.randperm(self.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, weight, bias and the gradient of the output; the same every time."""
@@ -61,35 +69,42 @@ class Problem:
         return x, weight, bias, dy
 
 
-def gnswap(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+def gnswap(x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """Ours."""
-    return ops.group_norm(x, groups, weight, bias, act="relu")
+    return ops.group_norm(x, groups, weight, bias, act="relu", channel_order=order)
 
 
-def gnswap_kernels(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, config: Config, **_: Any) -> Tensor:
+def gnswap_kernels(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None, *, config: Config
+) -> Tensor:
     """Our kernels in a given cut, forward only."""
     from gnswap.ops._triton import _launch
 
-    return _launch.forward(x, groups, weight, bias, 1e-5, "relu", None, None, None, None, config=config)[0]
+    return _launch.forward(x, groups, weight, bias, 1e-5, "relu", None, None, None, order, config=config)[0]
 
 
-def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
-    """Torch, with the in-place ReLU, which is the faster one."""
-    return F.relu(F.group_norm(x, groups, weight, bias), inplace=True)
+def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
+    """Torch, with the in-place ReLU, which is the faster one; an order is a gather on each side."""
+    if order is None:
+        return F.relu(F.group_norm(x, groups, weight, bias), inplace=True)
+    y = F.relu(F.group_norm(x[:, order], groups, weight[order], bias[order]), inplace=True)
+    return y[:, order.argsort()]
 
 
 _compiled: Norm = torch.compile(eager, dynamic=False)
 
 
-def compile(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+def compile(x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """torch.compile of the eager form, for each shape its own."""
-    return _compiled(x, groups, weight, bias)
+    return _compiled(x, groups, weight, bias, order)
 
 
-def apex(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+def apex(x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """NVIDIA Apex, which takes channels_last and some channel counts, and has no ReLU."""
     if importlib.util.find_spec("apex") is None:
         raise Skip("not installed")
+    if order is not None:
+        raise Skip("has no channel order")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise Skip("takes channels_last only")
     from apex.contrib.group_norm import GroupNorm
@@ -101,10 +116,12 @@ def apex(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tens
     return F.relu(module(x), inplace=True)
 
 
-def liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+def liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
     """Liger, which copies channels_last."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise Skip("not installed")
+    if order is not None:
+        raise Skip("has no channel order")
     from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
     y: Tensor = LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, 1e-5)
@@ -124,17 +141,18 @@ CONTENDERS: dict[str, Norm] = {
 def step(problem: Problem, norm: Norm, device: str, *, backward: bool, **more: Any) -> Callable[[], tuple[Tensor, ...]]:
     """A call that computes y, or with `backward` y and the gradients of x, weight and bias."""
     x, weight, bias, dy = problem.tensors(device)
+    order = problem.order(device)
     if not backward:
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (norm(x, problem.groups, weight, bias, **more),)
+                return (norm(x, problem.groups, weight, bias, order, **more),)
 
         return forward
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
 
     def forward_and_backward() -> tuple[Tensor, ...]:
-        y = norm(x, problem.groups, weight, bias, **more)
+        y = norm(x, problem.groups, weight, bias, order, **more)
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     return forward_and_backward
@@ -152,7 +170,7 @@ def agrees(call: Callable[[], tuple[Tensor, ...]], problem: Problem, device: str
     wide = Problem(**{**problem.__dict__, "dtype": torch.float32})
     x, weight, bias, dy = (t.to(problem.dtype).float() for t in wide.tensors(device))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    y = eager(x, problem.groups, weight, bias)
+    y = eager(x, problem.groups, weight, bias, problem.order(device))
     truths = (y.detach(), *torch.autograd.grad(y, leaves, dy)) if backward else (y.detach(),)
     for found, truth in zip(call(), truths, strict=True):
         error = float((found.float() - truth).norm() / truth.norm().clamp_min(1e-30))
