@@ -25,12 +25,12 @@ The last map is Mul and Add, which use all threads, or a BatchNormalization of N
 one pass, on one thread.
 
 Chosen on the CPU for groups of over 2^17 numbers (where sizes are dynamic, in the example input), up to as many in a
-channel. Time of whole networks with mean and variance axis by axis there (`two_step` and a depthwise conv), over that
-with this form (from 2^18 numbers on), batch 1 / 8: EfficientNet-Lite0 1.06 / 1.13, mobilenetv2 1.07 / 1.16, resnet50 1.02 / 1.06, mobilenetv3
-1.03 / 1.07 with two threads; EfficientNet-Lite0 1.07 / 1.12 with one. For shorter groups it is faster than
+channel. Time of whole networks with mean and variance axis by axis from 2^18 on (`two_step` and a depthwise conv), over
+that with this form, batch 1 / 8: EfficientNet-Lite0 1.06 / 1.13, mobilenetv2 1.07 / 1.16, resnet50 1.02 / 1.06,
+mobilenetv3 1.03 / 1.07 with two threads; EfficientNet-Lite0 1.07 / 1.12 with one. For shorter groups it is faster than
 `layer_norm_conv` at batch 8 too (maps of 56x56: 1.03) and slower at batch 1 (0.97), where a dozen small nodes cost more
-than they save. From 2^18 down to 2^17 numbers it costs networks of the MobileNet kind 1 % at batch 1 and nothing at 8, down to
-2^16 5 % and 4 %; EfficientNet-Lite0's worst error on flat images is 2e-04, 3e-05 and 8e-06 then.
+than they save: from 2^17 on in place of 2^18 it costs networks of the MobileNet kind 1 % at batch 1 and nothing at 8,
+from 2^16 on 5 % and 4 %. EfficientNet-Lite0's worst error on flat images is 2e-04, 3e-05 and 8e-06 then.
 """
 
 from __future__ import annotations
