@@ -215,7 +215,8 @@ def _offsets(tables: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
     """What is left between the means of x̂ and of gain·u, shrunk towards 0: `[4, N, C]` to `[C]`."""
     difference = tables[0] - gain * tables[2]
     mean = difference.mean(0)
-    noise = difference.var(0) / len(difference) + 1e-9
+    # one photo says nothing about its scatter
+    noise = difference.var(0) / len(difference) + 1e-9 if len(difference) > 1 else torch.full_like(mean, torch.inf)
     spread = ((weight * (mean.square() - noise)).sum() / weight.sum()).clamp_min(0)
     return mean * spread / (spread + noise)
 

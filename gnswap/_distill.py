@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gnswap._errors import ArgumentError
 from gnswap._pairs import Pairs
-from gnswap._running import eval_mode, flat, placed
+from gnswap._running import answered, eval_mode, flat, placed
 
 
 class Distillation:
@@ -51,7 +51,7 @@ class Distillation:
         self.original, self.converted, self.is_classifier = original, converted, is_classifier
         self._pairs = Pairs(names, self._meet)
         with eval_mode(original), torch.no_grad(), self._pairs.first(original):
-            outputs = flat(original(placed(sample, original)))
+            outputs = flat(answered(original, sample))
         self._output_energies = [_energy(output, len(sample)) for output in outputs]
         kept = self._pairs.take()
         energies = {name: sum(_energy(output, len(sample)) for output in found) for name, found in kept.items()}

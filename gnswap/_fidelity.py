@@ -22,7 +22,7 @@ from gnswap._errors import ArgumentError
 from gnswap._layer import FusedGroupNorm
 from gnswap._pairs import Pairs
 from gnswap._record import Record
-from gnswap._running import chunks, eval_mode, flat, no_photos, placed
+from gnswap._running import answered, chunks, eval_mode, flat, no_photos
 from gnswap._sites import applied
 
 SURE = 0.5  # top-1 probability above which the original is called sure
@@ -107,9 +107,9 @@ def compare(original: nn.Module, converted: nn.Module, batches: Iterable[Any], *
     with eval_mode(original, converted), torch.no_grad():
         for x, labels in chunks(batches, _ROWS if names else None):
             with errors.pairs.first(original):
-                expected = flat(original(placed(x, original)))
+                expected = flat(answered(original, x))
             with errors.pairs.second(converted):
-                found = flat(converted(placed(x, converted)))
+                found = flat(answered(converted, x))
             errors.pairs.finish()
             answers.add(len(x), expected, found, labels)
     if not answers.photos:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gnswap._errors import ArgumentError, CalibrationError
 from gnswap._estimate import Tables
 from gnswap._norms import NormState, read_norm, refusal
 from gnswap._progress import shown
-from gnswap._running import ROWS, chunks, eval_mode, keys, no_photos, placed, require_finite
+from gnswap._running import ROWS, answered, chunks, eval_mode, keys, no_photos, require_finite
 from gnswap._sites import find_norms, fingerprint, get, require_plain
 
 _LEAST_SIDE = 4  # positions along an axis from which on its two halves count as patches
@@ -38,7 +38,7 @@ class Moments:
             twice in a forward pass, or on several crops of a photo, has several rows for each.
         mean, square: of x̂ and of x̂² over all positions, fp32 `[R, C]`.
         patch_mean, patch_square: the same over the halves of the last two axes, `[R, K, C]`: K is 4 on pictures, 2
-            on sequences, 0 on vectors and on maps of fewer than 4 x 4 positions.
+            on sequences, 0 on vectors and where a map had fewer than 4 x 4 positions.
     """
 
     sample: Tensor
@@ -130,7 +130,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> ChannelStatistics:
             batch = keys(x)
             for listener in listeners.values():
                 listener.batch = len(batch)
-            model(placed(x, model))
+            answered(model, x)
             seen += batch
     if not seen:
         raise no_photos("calibrate on")
@@ -176,6 +176,18 @@ def _halves(x: Tensor) -> Tensor:
     return pooled.flatten(2).transpose(1, 2)
 
 
+def _together(calls: Sequence[Moments]) -> Moments:
+    """The rows of several calls. Where one saw maps too small for patches, patches would tell of the others only."""
+    patches = min(call.patch_mean.shape[1] for call in calls)
+    return Moments(
+        sample=torch.cat([call.sample for call in calls]),
+        mean=torch.cat([call.mean for call in calls]),
+        square=torch.cat([call.square for call in calls]),
+        patch_mean=torch.cat([call.patch_mean[:, :patches] for call in calls]),
+        patch_square=torch.cat([call.patch_square[:, :patches] for call in calls]),
+    )
+
+
 def _sorted(architecture: str, seen: list[int], rows: Mapping[str, list[Moments]]) -> ChannelStatistics:
     """All calls of each norm in one table, samples in the order of their keys."""
     ranked = sorted(range(len(seen)), key=seen.__getitem__)
@@ -183,11 +195,14 @@ def _sorted(architecture: str, seen: list[int], rows: Mapping[str, list[Moments]
     place[torch.tensor(ranked)] = torch.arange(len(seen))
     layers = {}
     for name, calls in rows.items():
-        sample = place[torch.cat([call.sample for call in calls])]
+        found = _together(calls)
+        sample = place[found.sample]
         by_sample = sample.argsort(stable=True)
-        tables = (
-            torch.cat([getattr(call, field) for call in calls])[by_sample]
-            for field in ("mean", "square", "patch_mean", "patch_square")
+        layers[name] = Moments(
+            sample[by_sample],
+            found.mean[by_sample],
+            found.square[by_sample],
+            found.patch_mean[by_sample],
+            found.patch_square[by_sample],
         )
-        layers[name] = Moments(sample[by_sample], *tables)
     return ChannelStatistics(architecture, tuple(seen[index] for index in ranked), layers)

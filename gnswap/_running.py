@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnswap._errors import ArgumentError, CalibrationError
+from gnswap._errors import ArgumentError, CalibrationError, GnswapError
 
 ROWS = 16
 """Samples in one forward pass, whatever the user's batches are."""
@@ -114,7 +114,8 @@ def photos_in(batches: Iterable[Any]) -> list[Tensor]:
         CalibrationError: see `kept_batches`.
     """
     found = [(key, x[i : i + 1]) for x, *_ in kept_batches(batches) for i, key in enumerate(keys(x))]
-    return [photo for _, photo in sorted(found, key=lambda pair: pair[0])]
+    # by shape first, since only photos of one shape share a batch
+    return [photo for _, photo in sorted(found, key=lambda pair: (pair[1].shape, pair[0]))]
 
 
 def require_finite(x: Tensor) -> None:
@@ -147,6 +148,27 @@ def placed(x: Tensor, model: nn.Module) -> Tensor:
         if tensor.is_floating_point():
             return x.to(tensor.device, tensor.dtype if x.is_floating_point() else None)
     return x
+
+
+def answered(model: nn.Module, x: Tensor) -> Any:
+    """What the model makes of a user's batch.
+
+    Raises:
+        CalibrationError: its forward does not take the batch.
+    """
+    x = placed(x, model)
+    try:
+        return model(x)
+    except (GnswapError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # forward is anybody's code
+        raise CalibrationError(
+            "the network does not take a batch",
+            where="batches",
+            found=f"{x.dtype} of shape {tuple(x.shape)}, and forward said {type(error).__name__}: {error}",
+            fix="Of a tuple only the first item goes in. A network of several inputs, or of a dict, needs a module "
+            "around it that makes them of one tensor.",
+        ) from error
 
 
 def flat(output: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from gnswap._build import build_layer
 from gnswap._layer import FusedGroupNorm
 from gnswap._order import held_out
 from gnswap._records import Decision
-from gnswap._running import ROWS, batched, eval_mode, flat, placed
+from gnswap._running import ROWS, answered, batched, eval_mode, flat
 from gnswap._sites import get
 
 Answers = Sequence[Sequence[Tensor]]
@@ -166,6 +166,4 @@ def _centred(logits: Tensor) -> Tensor:
 def answers(model: nn.Module, photos: Iterable[Tensor]) -> list[list[Tensor]]:
     """Every floating output of a network for each batch of `ROWS` photos, in fp64 on the CPU."""
     with eval_mode(model), torch.no_grad():
-        return [
-            [output.cpu().double() for output in flat(model(placed(batch, model)))] for batch in batched(photos, ROWS)
-        ]
+        return [[output.cpu().double() for output in flat(answered(model, batch))] for batch in batched(photos, ROWS)]

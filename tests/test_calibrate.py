@@ -81,6 +81,18 @@ def test_calls_of_one_norm_are_pooled() -> None:
     assert layer.sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_calls_on_maps_too_small_for_patches() -> None:
+    """As those of a detector's head, which runs on every level of its pyramid."""
+    model = small_cnn()
+    large, small = torch.randn(3, 3, 12, 12), torch.randn(2, 3, 3, 3)
+    together = calibrate(model, [large, small])
+    assert together.merge(calibrate(model, [torch.randn(1, 3, 12, 12)])).samples == 6
+    alone = calibrate(model, [large])
+    for name, layer in together.layers.items():
+        assert (len(layer.mean), layer.patch_mean.shape[1]) == (5, 0)
+        assert alone.layers[name].patch_mean.shape[1] == 4
+
+
 def test_half_precision() -> None:
     model, x = build("plain")
     statistics = calibrate(model.bfloat16(), [x])
@@ -95,6 +107,8 @@ def test_half_precision() -> None:
         (["photo.jpg"], CalibrationError, "a batch is no tensor.*found str"),
         (torch.randn(2, 3, 8, 8), ArgumentError, "in a list"),
         ([torch.full((2, 3, 8, 8), torch.nan)], CalibrationError, "an input is not finite"),
+        ([torch.randn(2, 5, 8, 8)], CalibrationError, r"does not take a batch.*torch.float32 of shape \(2, 5, 8, 8\)"),
+        ([torch.ones(2, 3, 8, 8, dtype=torch.uint8)], CalibrationError, "does not take a batch.*torch.uint8"),
         ([torch.full((2, 3, 8, 8), 1e38)], CalibrationError, "the input of a norm is not finite"),
     ],
 )

@@ -147,7 +147,7 @@ def test_everything_touched_is_put_back() -> None:
     before = [[module.training for module in model.modules()] for model in (original, converted)]
     state = copy.deepcopy(original.state_dict())
     compare(original, converted, [photos()])
-    with pytest.raises(RuntimeError, match="expected input"):
+    with pytest.raises(CalibrationError, match=r"does not take a batch.*expected input"):
         compare(original, converted, [torch.randn(2, 4, 12, 12)])
     assert before == [[module.training for module in model.modules()] for model in (original, converted)]
     assert not any(module._forward_hooks for model in (original, converted) for module in model.modules())

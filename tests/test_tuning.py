@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -312,6 +313,20 @@ def test_corrections_that_harm_are_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     made = plan(model, calibration=photos())
     assert all(decision.gain is None and decision.offset is None for decision in made.swaps)
     assert any("no paired corrections" in note for note in made.notes)
+
+
+def test_photos_each_of_a_size_of_its_own() -> None:
+    """So that every batch holds one photo, whose scatter nobody knows."""
+    model, (x, *_) = lifelike(), photos(12)
+    sizes = [photo.repeat(1, 1, 2, 2)[..., : 16 - number] for number, photo in enumerate(x.split(1))]
+    single = photos_in(sizes)
+    assert [photo.shape[-1] for photo in single] == list(range(5, 17))
+    bare = plan(model, softness=0).decisions
+    for fitted in _corrections._fitted(model, bare, single[:1]):
+        assert fitted.offset == (0.0,) * fitted.num_channels
+    trial = _corrections.tried(bare, (Jury(model, single[::2]), Jury(model, single[1::2])))
+    assert math.isfinite(trial.distance)
+    assert plan(model, calibration=sizes).notes[0] == "chosen on 9 photos and judged on 3 others"
 
 
 @pytest.mark.parametrize("name", ["called twice", "aliased", "1-D", "3-D", "1-D, no length", "affine=False", "root"])

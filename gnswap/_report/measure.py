@@ -21,7 +21,7 @@ from gnswap._records import Decision
 from gnswap._report.levers import TRAINED, Lever
 from gnswap._report.photos import Worst
 from gnswap._report.records import Stage
-from gnswap._running import chunks, eval_mode, flat, no_photos, placed
+from gnswap._running import answered, chunks, eval_mode, flat, no_photos, placed
 from gnswap._trial import converted as converted_for_now
 
 _ROWS = 8  # photos at a time: the outputs of all norms of the original are held for so many
@@ -60,7 +60,7 @@ def measure(
         for x, labels in chunks(photos, _ROWS):
             parts.append(collect(original, [x]))
             with listener.first(original):
-                expected = flat(original(placed(x, original)))
+                expected = flat(answered(original, x))
             kept = listener.take()
             for run in runs:
                 found = run.meet(x, expected, labels, kept)
