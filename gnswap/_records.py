@@ -237,7 +237,7 @@ class Plan(Record):
             **changes: fields of `Decision`, such as ``num_groups=4``.
 
         Raises:
-            PlanError: nothing matches, or a changed decision is impossible.
+            PlanError: nothing matches, there is no such field, or a changed decision is impossible.
 
         Example:
             >>> import torch, gnswap
@@ -252,6 +252,9 @@ class Plan(Record):
                 where=pattern,
                 expected="one of " + ", ".join(decision.name for decision in self.decisions[:8]),
             )
+        fields = [field.name for field in dataclasses.fields(Decision)]
+        if unknown := sorted(changes.keys() - set(fields)):
+            raise PlanError("a decision has no such field", where=unknown[0], expected=f"one of {', '.join(fields)}")
         edited = (
             dataclasses.replace(decision, **changes) if hit else decision
             for hit, decision in zip(hits, self.decisions, strict=True)

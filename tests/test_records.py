@@ -140,6 +140,8 @@ def test_edit() -> None:
     assert [decision.num_groups for decision in edited.decisions] == [4, 2]
     assert plan.decisions[0].num_groups == 2
     assert [decision.num_groups for decision in plan.edit("(root)", num_groups=8).decisions] == [2, 8]
+    with pytest.raises(PlanError, match=r"no such field \(at groups\): expected one of .*num_groups"):
+        plan.edit("a.bn", groups=4)
     with pytest.raises(PlanError, match=r"no site has such a name \(at layer9\): expected one of a.bn"):
         plan.edit("layer9", num_groups=4)
     with pytest.raises(PlanError, match="impossible number of groups"):
