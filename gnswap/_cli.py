@@ -7,8 +7,10 @@ tables for records, exit codes for errors.
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import sys
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -201,7 +203,8 @@ def convert(
             metavar="STEPS",
             min=1,
             help="Then train the converted network for so many steps to answer as the original does, on the photos of "
-            "--calib, without labels. A quarter of them judges; 1000 are a good number.",
+            "--calib, without labels. A quarter of them judges; 1000 are a good number. The same command, called again "
+            "after a kill, goes on where healing was.",
         ),
     ] = None,
     limit: Annotated[
@@ -256,13 +259,21 @@ def convert(
         conversion = gnswap.convert(network, **options)
     if teaching := ["refitting"] * refit + [f"healing, {heal} steps"] * (heal is not None):
         with _cli_output.step(" and ".join(teaching)):
-            conversion = taught(conversion, network, options["calibration"], refitting=refit, steps=heal)
+            conversion = taught(
+                conversion,
+                network,
+                options["calibration"],
+                refitting=refit,
+                steps=heal,
+                checkpoint=_checkpoint(output, ctx.obj),
+            )
     with _cli_output.step("reporting"):
         kept = gnswap.report(
             network, conversion, options.get("calibration"), held_out=False, photo_names=names, command=ctx.obj
         )
     with _cli_output.step(f"saving to {output}"), _cli_output.warnings_as_notes():
         gnswap.save(conversion, output, source=_cli_models.source_of(model), report=kept)
+    shutil.rmtree(_checkpoint(output, ctx.obj), ignore_errors=True)
     source = saved_source(output)
     data = {
         "model": model,
@@ -333,6 +344,12 @@ def doctor(as_json: AsJson = False) -> None:
 
 for _command in app.registered_commands:  # every verb's help is whole by itself
     _command.epilog = _EXIT_CODES
+
+
+def _checkpoint(output: Path, command: str) -> Path:
+    """Where the healing of one command keeps its state until all is saved: the same command goes on from there."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.{zlib.crc32(command.encode()):08x}.healing")
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> int | float | str:

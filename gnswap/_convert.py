@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -130,7 +131,13 @@ def convert(
 
 
 def taught(
-    conversion: Conversion, original: nn.Module, photos: Iterable[Any], *, refitting: bool, steps: int | None
+    conversion: Conversion,
+    original: nn.Module,
+    photos: Iterable[Any],
+    *,
+    refitting: bool,
+    steps: int | None,
+    checkpoint: Path | None = None,
 ) -> Conversion:
     """Refit and heal a conversion's network in place, and report on it as it is then.
 
@@ -139,7 +146,7 @@ def taught(
         original: the network with its BatchNorms.
         photos: input batches; read once.
         refitting: whether `gnswap.refit` comes first.
-        steps: see `gnswap.heal`; None heals nothing.
+        steps, checkpoint: see `gnswap.heal`; without steps nothing is healed.
 
     Returns:
         The same network and plan with another report.
@@ -153,7 +160,9 @@ def taught(
         # the others judge healing
         to_refit = kept if steps is None else [parted(singles_of_one_shape(kept, "refit"))[0]]
         refitted = refit(conversion.model, original, to_refit)
-    healing = None if steps is None else heal(conversion.model, original, kept, steps=steps)
+    healing = None
+    if steps is not None:
+        healing = heal(conversion.model, original, kept, steps=steps, checkpoint=checkpoint)
     report = dataclasses.replace(
         conversion.report,
         notes=(*conversion.report.notes, *(done.verdict for done in (refitted, healing) if done is not None)),

@@ -175,7 +175,7 @@ def read(directory: Path, job: Job, weights: str) -> tuple[Progress, dict[str, d
             "the checkpoint is of another healing",
             where=str(directory),
             found="; ".join(different),
-            fix="Call it with what it began with, or give another directory.",
+            fix="Call it with what it began with, give another directory, or remove this one to begin anew.",
         )
     return progress, _weights.grouped(_weights.read(folder / TENSOR_FILE)[0], GROUPS)
 

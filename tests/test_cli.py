@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 import gnswap
 from gnswap import _cli_models
 from gnswap._cli import app
+from gnswap._healer import Healer
 from tests._models import randomise_norms, same_state
 
 VERBS = ("inspect", "explain", "convert", "export", "validate", "bench", "demo", "doctor")
@@ -324,6 +325,32 @@ def test_convert_writes_a_report(run: Run, photos: Path, tmp_path: Path) -> None
     assert all(photo.thumbnail for photo in report.worst)
     assert run("convert", "nets:small", "-o", "out").exit_code == 0  # a report is no foreign file
     assert gnswap.FidelityReport.from_json((tmp_path / "out" / "report.json").read_text()).photos == 0
+
+
+def test_healing_goes_on_after_a_kill(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3, 9):
+        Image.effect_noise((20, 24), 40 + 10 * number).convert("RGB").save(photos / f"{number}.png")
+    arguments = ("convert", "nets:small", "--softness", "0", "--calib", str(photos), "--heal", "5", "-o")
+    assert run(*arguments, "whole").exit_code == 0
+    whole_step, taken = Healer._one_step, []
+
+    def step(healer: Healer) -> float:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(healer.step)
+        return whole_step(healer)
+
+    monkeypatch.setattr(Healer, "_one_step", step)
+    assert run(*arguments, "halved").exit_code == 130
+    (left,) = tmp_path.glob(".halved.*.healing")
+    assert not (tmp_path / "halved").exists()
+    taken.clear()
+    assert run(*arguments, "halved").exit_code == 0
+    assert taken == [3, 4]
+    assert not left.exists()
+    network = _cli_models.build_model("nets:small")
+    whole, halved = (gnswap.load(name, network).state_dict() for name in ("whole", "halved"))
+    assert all(torch.equal(halved[name], tensor) for name, tensor in whole.items())
 
 
 def test_convert_heals(run: Run, photos: Path) -> None:
