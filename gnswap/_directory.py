@@ -87,9 +87,14 @@ def _recover(directory: Path) -> None:
             shutil.rmtree(backup)
         else:
             backup.replace(directory)
-    for entry in directory.parent.iterdir():
-        abandoned = time.time() - _ABANDONED_AFTER_SECONDS
-        if entry.name.startswith(_fresh_prefix(directory)) and entry.stat().st_mtime < abandoned:
+    clear_abandoned(directory.parent, _fresh_prefix(directory))
+
+
+def clear_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the temporary directories of this prefix whose writer was killed long ago."""
+    long_ago = time.time() - _ABANDONED_AFTER_SECONDS
+    for entry in parent.iterdir():
+        if entry.name.startswith(prefix) and entry.stat().st_mtime < long_ago:
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,17 @@ def test_wrapped_models_are_refused(tmp_path: Path) -> None:
 def test_outputs_that_are_no_tensors_are_refused() -> None:
     with pytest.raises(ExportError, match=r"not made of tensors.*found Tensor, int"):
         _export._output_names({"a": torch.ones(1), "b": 3}, ())
+
+
+def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
+    old, young, foreign = (tmp_path / f".{name}" for name in ("net.onnx.gnswap-new-a", "net.onnx.gnswap-new-b", "x"))
+    for left in (old, young, foreign):
+        left.mkdir()
+        (left / "net.onnx").write_text("half of it")
+    for left in (old, foreign):
+        os.utime(left, (0, 0))
+    export_onnx(small_cnn(), tmp_path / "net.onnx", torch.ones(1, 3, 8, 8))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"net.onnx", young.name, foreign.name}
 
 
 def test_an_output_that_is_called_as_the_input(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
 import re
 import sys
 import time
@@ -51,6 +52,18 @@ BASELINES = {
     "naive copy of gamma and beta, 32 groups": _baselines.naive_group_norm,
     "fresh GroupNorm, 32 groups": _baselines.fresh_group_norm,
     "opacus ModuleValidator.fix, activations taken apart first": by_opacus_unfused,
+}
+
+
+# for the figure of the README: the cell, the levers, the colour
+WAYS = {
+    "gamma and beta copied": ("naive copy of gamma and beta, 32 groups", "–", "tab:red"),
+    "fresh GroupNorm": ("fresh GroupNorm, 32 groups", "–", "tab:orange"),
+    "gnswap, pure, no photos": ("groups=auto, softness=0.0; 0 photos", "all", "#c6dbef"),
+    "gnswap, pure, 64 photos": ("groups=auto, softness=0.0; 64 photos", "all", "#6baed6"),
+    "the same, refitted": ("groups=auto, softness=0.0; 64 photos", "refitted", "#2171b5"),
+    "gnswap, softness 1, 64 photos": ("groups=auto, softness=1.0; 64 photos", "all", "#a1d99b"),
+    "gnswap, told to keep .97": (f"groups=auto, fidelity=0.97, max_softness={LOOSEST}; 64 photos", "all", "#31a354"),
 }
 
 
@@ -206,8 +219,28 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_ways(rows: list[dict[str, Any]], path: Path) -> None:
+    """Agreement of the swaps that everybody tries first, and of groups that gnswap chose, as bars for each network."""
+    from matplotlib.figure import Figure
+
+    found = {(row["model"], row["cell"], row["levers"]): row["fidelity"]["agreement"] for row in rows}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    share = 0.8 / len(WAYS)
+    for place, (title, (cell, levers, colour)) in enumerate(WAYS.items()):
+        heights = [found.get((model, cell, levers), math.nan) for model in NETWORKS]
+        at = [network + (place - (len(WAYS) - 1) / 2) * share for network in range(len(NETWORKS))]
+        bars = axes.bar(at, heights, share, label=title, color=colour)
+        axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=6)
+    axes.set_xticks(range(len(NETWORKS)), NETWORKS)
+    axes.set_ylabel("same top-1 answer as the original")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def report(rows: Rows) -> None:
-    """Write the table and the figure of what is there."""
+    """Write the table and the figures of what is there."""
     places = {str(cell): place for place, cell in enumerate(cells())}
     measured = sorted(rows.rows.values(), key=lambda row: (places[row["cell"]], row["model"]))
     data = {**environment(version_of(measured), "opacus"), "rows": measured}
@@ -217,6 +250,7 @@ def report(rows: Rows) -> None:
     title = f"What each lever keeps ({judges}; {done} of {count} cells measured)"
     write("fidelity", title, "\n".join([as_table(measured), by_depth(measured)]), data, quiet=True)
     draw(measured, RESULTS / "fidelity.png")
+    draw_ways(measured, RESULTS / "fidelity_ways.png")
 
 
 def main() -> None:

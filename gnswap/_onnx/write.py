@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gnswap._directory import clear_abandoned
 from gnswap._errors import ExportError
 from gnswap._onnx_graph import check
 
@@ -33,8 +34,10 @@ def write(model: Any, path: Path, opset: int) -> tuple[Any, tuple[Path, ...]]:
     import onnx
     import onnx_ir as ir
 
+    prefix = f".{path.name}.gnswap-new-"
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        clear_abandoned(path.parent, prefix)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
             draft, weights = Path(folder) / path.name, Path(folder) / "weights"
             # checked without its weights, of which the checks would make several copies
             ir.save(model, draft, external_data=weights.name, size_threshold_bytes=_INLINE_BYTES)
