@@ -126,15 +126,17 @@ def test_one_architecture_of_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "build: RuntimeError" in counts["failed"]["no_such_network"]
 
 
-def test_healing_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["pure", "pure, refitted first"])
+def test_healing_row(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     healing = script("healing", monkeypatch)
+    monkeypatch.setitem(healing.CASES, case, {"groups": 4, "softness": 0})
     model = randomise_norms(small_cnn()).eval()
     with torch.no_grad():
         model[-1].weight.mul_(100)  # a network that is sure of something
-    row = healing.measure(model, {"groups": 4, "softness": 0}, torch.randn(30, 3, 8, 8), tmp_path / "state", steps=2)
+    row = healing.measure(model, case, torch.randn(30, 3, 8, 8), tmp_path / "state", steps=2)
     assert (row["before"]["photos"], row["healing"]["photos"], row["healing"]["held_out"]) == (10, 15, 5)
-    table = healing.as_table([{"model": "small", "case": "pure", "code": "abc", **row}])
-    assert table.splitlines()[-1].startswith("| small | pure | ")
+    table = healing.as_table([{"model": "small", "case": case, "code": "abc", **row}])
+    assert table.splitlines()[-1].startswith(f"| small | {case} | ")
     assert table.splitlines()[-1].count("|") == 13
 
 

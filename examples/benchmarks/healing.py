@@ -27,12 +27,15 @@ from photos import CACHE, photos
 from torch import Tensor, nn
 
 import gnswap
+from gnswap._convert import taught
 
 CASES: dict[str, dict[str, Any]] = {
     "pure": {"softness": 0},
+    "pure, refitted first": {"softness": 0},
     "8 groups, pure": {"groups": 8, "softness": 0},
     "as it comes": {},
 }
+REFITTED = ("pure, refitted first",)
 
 
 def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -41,13 +44,17 @@ def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return list(x[~judges].split(16)), list(x[judges].split(16))
 
 
-def measure(model: nn.Module, options: dict[str, Any], x: Tensor, checkpoint: Path, *, steps: int) -> dict[str, Any]:
+def measure(model: nn.Module, case: str, x: Tensor, checkpoint: Path, *, steps: int) -> dict[str, Any]:
     """One row of the table."""
     photos_to_heal, judges = split(x)
-    converted = gnswap.convert(model, **options, calibration=photos_to_heal).model
-    before = gnswap.compare(model, converted, judges, layers=False)
-    healing = gnswap.heal(converted, model, photos_to_heal, steps=steps, checkpoint=checkpoint)
-    after = gnswap.compare(model, converted, judges, layers=False)
+    conversion = gnswap.convert(model, **CASES[case], calibration=photos_to_heal)
+    before = gnswap.compare(model, conversion.model, judges, layers=False)
+    conversion = taught(
+        conversion, model, photos_to_heal, refitting=case in REFITTED, steps=steps, checkpoint=checkpoint
+    )
+    after = gnswap.compare(model, conversion.model, judges, layers=False)
+    healing = conversion.report.healing
+    assert healing is not None
     return {"before": before.to_dict(), "after": after.to_dict(), "healing": healing.to_dict()}
 
 
@@ -106,7 +113,7 @@ def main() -> None:
         for case in missing:
             print(f"{keys[name, case]}", file=sys.stderr)
             checkpoint = arguments.cache / f"healing-{code}-{name}-{case.replace(' ', '-')}-{steps}"
-            row = measure(model, CASES[case], x, checkpoint, steps=steps)
+            row = measure(model, case, x, checkpoint, steps=steps)
             rows.add(keys[name, case], {"model": name, "case": case, **row})
             write_table()
             shutil.rmtree(checkpoint)
